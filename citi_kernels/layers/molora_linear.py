@@ -1,0 +1,274 @@
+"""MoLoRALinear: a frozen linear with routed low-rank experts, thin over `molora_linear`.
+
+Legend: K in-features, N out-features, E experts, r rank, R = E * r, G = E + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from citi_kernels.layers.routing import RoutingContext
+from citi_kernels.ops.molora_linear import molora_linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoLoRASettings:
+    """What a MOLoRA layer is, apart from its tensors.
+
+    Attributes:
+        num_experts: E, low-rank pairs per layer.
+        r: rank of each expert.
+        alpha: the update is scaled by alpha / r.
+        dropout: probability of dropping an input of the experts (the router and the frozen linear
+            see all of it), in training mode only.
+        top_k: experts kept per token, the others exactly 0; None keeps all (the paper's layer).
+        renormalize: with `top_k`, divide the kept gates by their sum.
+
+    Raises:
+        ValueError: a value out of range; the message names it.
+    """
+
+    num_experts: int = 4
+    r: int = 8
+    alpha: float = 2.0
+    dropout: float = 0.0
+    top_k: int | None = None
+    renormalize: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "r"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha must be a number > 0, got {self.alpha!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie within [0, 1), got {self.dropout!r}")
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k must be None (all experts) or within [1, {self.num_experts}], num_experts, "
+                f"got {self.top_k!r}"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, the factor of the update."""
+        return self.alpha / self.r
+
+
+class MoLoRALinear(nn.Module):
+    """y = W x + b + (alpha / r) * sum_i gate[i] * B_i (A_i x), gate = softmax(router x).
+
+    `weight` and `bias` are frozen; `molora_A` (E * r, K), `molora_B` (N, E * r) and `molora_router`
+    (E + 1, K) train. B starts at zero, so a fresh layer gives the frozen linear's output bitwise.
+    The experts and the router are fp32 where `dtype` is narrower: they are small, and 16-bit
+    parameters lose small optimizer steps. `.to(dtype)` and `.half()` convert them with the rest.
+
+    Inside a `RoutingContext` each call records its gate sums under `id(layer)`.
+
+    Source: METHOD.md section 2; arXiv 2409.13202.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        num_experts: int = 4,
+        r: int = 8,
+        alpha: float = 2,
+        dropout: float = 0.0,
+        top_k: int | None = None,
+        renormalize: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """A layer with a weight of its own, initialised as `nn.Linear` does, and frozen.
+
+        Args:
+            in_features, out_features: K and N.
+            num_experts, r, alpha, dropout, top_k, renormalize: see `MoLoRASettings`.
+            bias: whether there is a (frozen) bias.
+            device, dtype: of weight and bias; the experts and the router are at least fp32.
+        """
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.settings = MoLoRASettings(
+            num_experts=num_experts,
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            top_k=top_k,
+            renormalize=renormalize,
+        )
+        of_base = {"device": device, "dtype": dtype or torch.get_default_dtype()}
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **of_base), False)
+        self.bias = nn.Parameter(torch.empty(out_features, **of_base), False) if bias else None
+        for name, shape in adapter_shapes(self.settings, in_features, out_features).items():
+            of_adapter = {"device": device, "dtype": adapter_dtype(self.weight.dtype)}
+            setattr(self, name, nn.Parameter(torch.empty(shape, **of_adapter)))
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        num_experts: int = 4,
+        r: int = 8,
+        alpha: float = 2,
+        dropout: float = 0.0,
+        top_k: int | None = None,
+        renormalize: bool = False,
+    ) -> MoLoRALinear:
+        """Wraps a linear: its parameters are shared, not copied, and frozen.
+
+        Returns:
+            a layer on the linear's device whose output equals `linear(x)` bitwise at the start.
+
+        Raises:
+            TypeError: not an `nn.Linear` with a floating weight.
+        """
+        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+            raise TypeError(
+                f"linear must be an nn.Linear with a floating weight, got {type(linear).__name__}"
+            )
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            num_experts=num_experts,
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            top_k=top_k,
+            renormalize=renormalize,
+            bias=False,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.requires_grad_(False)
+        for name in adapter_shapes(layer.settings, layer.in_features, layer.out_features):
+            like = getattr(layer, name)
+            setattr(layer, name, nn.Parameter(torch.empty_like(like, device=linear.weight.device)))
+        layer.reset_adapter_parameters()
+        return layer.train(linear.training)
+
+    def reset_parameters(self) -> None:
+        """Initialises everything, also the frozen weight: for layers made on the meta device."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(max(self.in_features, 1))
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_adapter_parameters()
+
+    def reset_adapter_parameters(self) -> None:
+        """Initialises experts and router only; the layer then equals its frozen linear."""
+        reset_adapter_(self.molora_A, self.molora_B, self.molora_router)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return apply_molora(
+            x,
+            self.weight,
+            self.bias,
+            self.molora_A,
+            self.molora_B,
+            self.molora_router,
+            settings=self.settings,
+            key=id(self),
+            training=self.training,
+        )
+
+    def extra_repr(self) -> str:
+        s = self.settings
+        top_k = "" if s.top_k is None else f", top_k={s.top_k}, renormalize={s.renormalize}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, num_experts={s.num_experts}, r={s.r}, "
+            f"alpha={s.alpha:g}, dropout={s.dropout:g}{top_k}"
+        )
+
+
+def apply_molora(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    router: Tensor,
+    *,
+    settings: MoLoRASettings,
+    key: Hashable,
+    training: bool,
+) -> Tensor:
+    """The op with what a layer adds: dropout while training, and the active routing context.
+
+    Args:
+        x, weight, bias, a, b, router: as for `citi_kernels.molora_linear`.
+        settings: of the layer.
+        key: under which the routing context records this call's gate sums.
+        training: whether the layer is in training mode.
+
+    Returns:
+        (..., N) output, or the update alone where `weight` is None.
+    """
+    drops = training and settings.dropout > 0
+    context = RoutingContext.active()
+    y, gate_sums = molora_linear(
+        x,
+        weight,
+        bias,
+        a,
+        b,
+        router,
+        num_experts=settings.num_experts,
+        scaling=settings.scaling,
+        top_k=settings.top_k,
+        renormalize=settings.renormalize,
+        segment_ids=None if context is None else context.segment_ids_for(x, training=training),
+        num_segments=None if context is None else context.num_segments,
+        dropout_p=settings.dropout if drops else 0.0,
+        dropout_seed=_draw_seed() if drops else None,
+    )
+    if context is not None:
+        context.record(key, gate_sums)
+    return y
+
+
+def adapter_shapes(
+    settings: MoLoRASettings, in_features: int, out_features: int
+) -> dict[str, tuple[int, int]]:
+    """Names and shapes of a layer's trainable tensors."""
+    rank = settings.num_experts * settings.r
+    return {
+        "molora_A": (rank, in_features),
+        "molora_B": (out_features, rank),
+        "molora_router": (settings.num_experts + 1, in_features),
+    }
+
+
+def adapter_dtype(base_dtype: torch.dtype) -> torch.dtype:
+    """fp32 for a base of fp32 or narrower, fp64 for fp64."""
+    return torch.promote_types(base_dtype, torch.float32)
+
+
+@torch.no_grad()
+def reset_adapter_(a: Tensor, b: Tensor, router: Tensor) -> None:
+    """A and router Kaiming-uniform with a = sqrt(5), B zero.
+
+    The bound depends on K alone, so that one draw over the stacked A is a draw per expert.
+    """
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    nn.init.kaiming_uniform_(router, a=math.sqrt(5))
+    b.zero_()
+
+
+def _draw_seed() -> Tensor:
+    """0-d int64 on the CPU, from the default generator: checkpointing restores that one."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")

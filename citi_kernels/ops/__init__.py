@@ -1,0 +1,1 @@
+"""One file per operation: definition, checks, op, autograd, backends."""

@@ -1,0 +1,66 @@
+"""What a backend of `citi::molora_linear` takes and gives.
+
+A backend is any object with
+
+    forward(operands, settings) -> (y_TN, Saved, gate_sums_BG or None)
+    backward(dy_TN, dgate_sums_BG, operands, saved, settings, needs) -> Operands of gradients
+
+It gets checked arguments of any strides, writes to none of them, and returns tensors that alias
+none of them. `Saved` is contiguous; gradients have any dtype and strides.
+
+Shapes: T tokens, K in-features, N out-features, E experts, R stacked rank (E·r), G = E + 1 gates,
+B segments.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Operands(NamedTuple):
+    """The tensors with a gradient, or their gradients (None where none was asked for)."""
+
+    x: Tensor | None  # (T, K)
+    weight: Tensor | None  # (N, K)
+    bias: Tensor | None  # (N,)
+    a: Tensor | None  # (R, K)
+    b: Tensor | None  # (N, R)
+    router: Tensor | None  # (G, K)
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for, in the order of `Operands`."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    a: bool
+    b: bool
+    router: bool
+
+
+class Settings(NamedTuple):
+    """The arguments without a gradient."""
+
+    num_experts: int
+    scaling: float
+    top_k: int | None
+    renormalize: bool
+    segment_ids: Tensor | None  # (T,) int64
+    num_segments: int
+    dropout_p: float
+    dropout_seed: Tensor | None  # () int64 on the CPU
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.top_k is not None and self.top_k < self.num_experts
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward besides its operands: rank-sized, tokens last."""
+
+    h: Tensor  # (R, T) x's dtype; 0 where the expert was dropped
+    probs: Tensor  # (G, T) fp32; fp64 for fp64 x
+    kept: Tensor | None  # (E, T) bool; None where every expert is kept
