@@ -1,0 +1,100 @@
+"""Where the answers stand in a rendered conversation.
+
+What a template renders before an answer, generation prompt included, is a beginning of what it
+renders with the answer; the rest is the answer and its end-of-turn token. Templates that write
+something else where the answer begins (an opened or closed block of thoughts) are searched for the
+answer's text behind the turns before it. A position that cannot be proved is never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from citi.data.chat_template import ChatTemplate, Turn
+
+
+class NoSpanError(Exception):
+    """The template renders the conversation so that an answer cannot be told from its context."""
+
+
+def answer_start(
+    template: ChatTemplate, turns: Sequence[Turn], text: str, *, tools: list[dict] | None
+) -> int:
+    """Where the last of `turns`, an answer, begins in `text`, which renders them all.
+
+    Raises: NoSpanError when the turns before it are rendered otherwise in `text`.
+    """
+    message, given = turns[-1].message, turns[-1].given
+    for generation_prompt in (True, False):
+        before = template.text(
+            list(turns[:-1]), tools=tools, add_generation_prompt=generation_prompt
+        )
+        sought = given if given or generation_prompt else message.content.strip()
+        start = text.find(sought, len(before))
+        if text.startswith(before) and start >= 0:
+            return start + len(given)
+    raise NoSpanError
+
+
+def answer_spans(
+    template: ChatTemplate,
+    turns: Sequence[Turn],
+    text: str,
+    *,
+    tools: list[dict] | None,
+    train_on: str,
+    end_tokens: tuple[str, ...],
+) -> list[tuple[int, int]]:
+    """(start, end) in `text` of the trained answers of `turns`, the last of which is an answer.
+
+    Args:
+        template: renders the turns.
+        turns: the conversation.
+        text: `turns` rendered.
+        tools: the tools it was rendered with.
+        train_on: "last" or "all".
+        end_tokens: special tokens; the one behind an answer belongs to it, white space behind
+            that does not.
+    Raises: NoSpanError.
+    """
+    answers = [i for i, turn in enumerate(turns) if turn.message.role == "assistant"]
+    if train_on == "last":
+        start = answer_start(template, turns, text, tools=tools)
+        return [(start, _without_trailing_space(text, end_tokens))]
+    spans = []
+    for i in answers:
+        upto = turns[: i + 1]
+        part = text if len(upto) == len(turns) else template.text(list(upto), tools=tools)
+        if text.startswith(part):
+            start = answer_start(template, upto, part, tools=tools) - len(turns[i].given)
+            spans.append((start, _without_trailing_space(part, end_tokens)))
+        else:
+            spans.append(_search(template, upto, text, tools=tools, end_tokens=end_tokens))
+    return spans
+
+
+def _without_trailing_space(text: str, end_tokens: tuple[str, ...]) -> int:
+    stripped = text.rstrip()
+    return len(stripped) if stripped.endswith(end_tokens) else len(text)
+
+
+def _search(
+    template: ChatTemplate,
+    turns: Sequence[Turn],
+    text: str,
+    *,
+    tools: list[dict] | None,
+    end_tokens: tuple[str, ...],
+) -> tuple[int, int]:
+    """The span of an earlier answer that is rendered otherwise once turns follow it."""
+    content = turns[-1].message.content.strip()
+    start = answer_start(template, turns, text, tools=tools) - len(turns[-1].given)
+    found = text.find(content, start)
+    if found < 0 or not content or turns[-1].message.tool_calls:
+        raise NoSpanError
+    behind = text[found + len(content) :]
+    stripped = behind.lstrip()
+    ends = [token for token in end_tokens if stripped.startswith(token)]
+    if not ends:
+        raise NoSpanError
+    return start, len(text) - len(stripped) + max(len(token) for token in ends)
