@@ -1,0 +1,192 @@
+"""A component with MOLoRA adapters: the fused op where the base is plain, an addition elsewhere.
+
+Legend: K in-features, N out-features, E experts, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from citi.adapters.config import MoLoraConfig
+from citi_kernels.layers.molora_linear import (
+    MoLoRASettings,
+    adapter_dtype,
+    adapter_shapes,
+    apply_molora,
+    reset_adapter_,
+)
+
+MERGE_REFUSED = (
+    "a MOLoRA adapter cannot be merged: its gates depend on the token, so no single weight equals "
+    "it. Keep it as an adapter (save_pretrained and PeftModel.from_pretrained), switch it off with "
+    "disable_adapter(), or take it off with unload()"
+)
+
+
+def feature_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(K, N) of a linear layer, quantised ones included; None for anything else."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention reads this one's weight and never calls it
+    if isinstance(module, Conv1D):
+        return tuple(module.weight.shape)
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        sizes = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(size, int) for size in sizes):
+            return sizes
+    return None
+
+
+class MoLoraLayer(BaseTunerLayer):
+    """What PEFT asks of an adapted layer; see `MoLoraLinear`."""
+
+    adapter_layer_names = ("molora_A", "molora_B", "molora_router")
+    other_param_names = ("molora_settings",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        self.molora_A = nn.ParameterDict()
+        self.molora_B = nn.ParameterDict()
+        self.molora_router = nn.ParameterDict()
+        self.molora_settings: dict[str, MoLoRASettings] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        sizes = feature_sizes(self.get_base_layer())
+        if sizes is None:
+            raise TypeError(
+                f"MOLoRA adapts linear layers, got {type(self.get_base_layer()).__name__}; take it "
+                "out of target_modules"
+            )
+        self.in_features, self.out_features = sizes
+
+    def update_layer(self, adapter_name: str, config: MoLoraConfig) -> None:
+        """Adds an adapter with fresh tensors: the layer's output stays the base's, bitwise."""
+        settings = config.settings()
+        dtype = self._adapter_dtype()
+        shapes = adapter_shapes(settings, self.in_features, self.out_features)
+        self.molora_settings[adapter_name] = settings
+        for name, shape in shapes.items():
+            getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(shape, dtype=dtype))
+        reset_adapter_(*(getattr(self, name)[adapter_name] for name in shapes))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _adapter_dtype(self) -> torch.dtype:
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        floating = dtype is not None and dtype.is_floating_point
+        return adapter_dtype(dtype if floating else torch.float32)
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        tensors = (*base_layer.parameters(), *base_layer.buffers())
+        weight = getattr(base_layer, "weight", None)
+        if not isinstance(weight, Tensor):
+            weight = next(iter(tensors), None)
+        return (None, None) if weight is None else (weight.device, weight.dtype)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """To the device only: PEFT would round fp32 adapters to a 16-bit base and back."""
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if device is None or device.type == "meta":
+            return
+        for name in self.adapter_layer_names:
+            tensors = getattr(self, name)
+            if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
+                tensors[adapter_name] = tensors[adapter_name].to(device)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused; see the message."""
+        raise ValueError(MERGE_REFUSED)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def routing_key(self, adapter_name: str) -> Hashable:
+        """Under which a `RoutingContext` holds an adapter's gate sums: `id(layer)` for the first
+        active adapter, `(id(layer), name)` for further ones."""
+        first = next((name for name in self.active_adapters if name in self.molora_A), None)
+        return id(self) if adapter_name == first else (id(self), adapter_name)
+
+
+class MoLoraLinear(nn.Module, MoLoraLayer):
+    """base(x) + sum over active adapters of scaling * sum_i gate[i] * B_i (A_i x).
+
+    One op computes base and first adapter together where the base layer is a plain `nn.Linear` or
+    GPT-2's `Conv1D`. Where calling the base layer does more than its product (quantised weights,
+    subclasses, hooks, a replaced `forward`), it is called, and the op computes the update alone.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoLoraConfig) -> None:
+        super().__init__()
+        MoLoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+        self.train(base_layer.training)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., K) -> (..., N); further arguments go to the base layer."""
+        active = [name for name in self.active_adapters if name in self.molora_A]
+        if self.disable_adapters or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if args or kwargs or not is_plain(self.base_layer):
+            y = self.base_layer(x, *args, **kwargs)
+        else:
+            weight, bias = self.base_layer.weight, self.base_layer.bias
+            weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
+            y, active = self._apply_adapter(active[0], x, weight, bias), active[1:]
+        for name in active:
+            y = y + self._apply_adapter(name, x).to(y.dtype)
+        return y
+
+    def _apply_adapter(
+        self, name: str, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        return apply_molora(
+            x,
+            weight,
+            bias,
+            self.molora_A[name],
+            self.molora_B[name],
+            self.molora_router[name],
+            settings=self.molora_settings[name],
+            key=self.routing_key(name),
+            training=self.training,
+        )
+
+    def extra_repr(self) -> str:
+        return f"adapters={self.molora_settings}" if self.molora_settings else ""
+
+    def __repr__(self) -> str:
+        return "molora." + super().__repr__()
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether `base(x)` is exactly x Wᵀ + b with a dense floating W, and calling it does no more.
+
+    Hooks (Accelerate's and DeepSpeed's offloading, importance) and an instance's own `forward` are
+    looked for at every call, because they come and go.
+    """
+    if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__:
+        return False
+    hooks = (
+        base._forward_pre_hooks,
+        base._forward_hooks,
+        base._backward_pre_hooks,
+        base._backward_hooks,
+    )
+    weight = base.weight
+    return (
+        not any(hooks)
+        and type(weight) in (nn.Parameter, Tensor)
+        and weight.is_floating_point()
+        and weight.ndim == 2
+    )

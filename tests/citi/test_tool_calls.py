@@ -1,0 +1,413 @@
+"""Calls are found in every format, in damaged text too, and compared with the wanted ones."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from citi.data.sample import Message, Sample
+from citi.evaluation.tool_calls import gold_calls_of, parse_tool_calls, score_tool_calls
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+# Published with a call outside brackets, or with an object that never closes.
+ODD_GOLD = {"api_bank-lv3train-api-515", "api_bank-lv3train-api-517", "toolalpaca-sim-4-10"}
+
+
+def found(text: str) -> list[tuple[str, dict]]:
+    return [(call.name, call.arguments) for call in parse_tool_calls(text).calls]
+
+
+WELL_FORMED = {
+    "api_bank": (
+        "API-Request: [GetUserToken(username='JohnDoe', password='pass123')]",
+        [("GetUserToken", {"username": "JohnDoe", "password": "pass123"})],
+    ),
+    "text_before_and_after": (
+        "Sure, one moment.\nAPI-Request: [Tomorrow()]\nDone.",
+        [("Tomorrow", {})],
+    ),
+    "several_calls_and_types": (
+        "API-Request: [f(a=1, b=2.5, c=True, d=None, e=['x', 2], g={'k': [1]}), g()]",
+        [
+            ("f", {"a": 1, "b": 2.5, "c": True, "d": None, "e": ["x", 2], "g": {"k": [1]}}),
+            ("g", {}),
+        ],
+    ),
+    "two_requests": (
+        "API-Request: [f(a=1)]\nAPI-Request: [g(b='2')]",
+        [("f", {"a": 1}), ("g", {"b": "2"})],
+    ),
+    "unquoted_words": (
+        "API-Request: [HospitalLocator(location=New York City, service=emergency services)]",
+        [("HospitalLocator", {"location": "New York City", "service": "emergency services"})],
+    ),
+    "unquoted_time": (
+        "API-Request: [Lab(at=2034-01-01 10:00:00, n=2, zip=00123)]",
+        [("Lab", {"at": "2034-01-01 10:00:00", "n": 2, "zip": "00123"})],
+    ),
+    "mixed_quotes": (
+        """API-Request: [Book(who="O'Neil", note='say "hi"')]""",
+        [("Book", {"who": "O'Neil", "note": 'say "hi"'})],
+    ),
+    "same_quotes_inside": (
+        "API-Request: [AddMeeting(token='a9', attendees='['John Smith', 'Jane Doe']')]",
+        [("AddMeeting", {"token": "a9", "attendees": "['John Smith', 'Jane Doe']"})],
+    ),
+    "a_call_in_the_same_quotes": (
+        "API-Request: [Search(query='call g(x='1') now')]",
+        [("Search", {"query": "call g(x='1') now"})],
+    ),
+    "objects_in_the_same_quotes": (
+        "API-Request: [Record(time='09:30', data='[{'name': 'pressure', 'value': '120/80'}]')]",
+        [("Record", {"time": "09:30", "data": "[{'name': 'pressure', 'value': '120/80'}]"})],
+    ),
+    "names_with_spaces_dots_dashes": (
+        "API-Request: [Get Joke by ID(id='23'), a.b.c(p.q=1), createIn-AppMessage(ref-number='7')]",
+        [
+            ("Get Joke by ID", {"id": "23"}),
+            ("a.b.c", {"p.q": 1}),
+            ("createIn-AppMessage", {"ref-number": "7"}),
+        ],
+    ),
+    "python_keywords_as_keys": (
+        "API-Request: [FindTrains(from='Phoenix', class='Value')]",
+        [("FindTrains", {"from": "Phoenix", "class": "Value"})],
+    ),
+    "commas_brackets_and_escapes_in_strings": (
+        r"API-Request: [f(a='x, b=1) ]', c='it\'s \\ \n', d='a (b), c')]",
+        [("f", {"a": "x, b=1) ]", "c": "it's \\ \n", "d": "a (b), c"})],
+    ),
+    "hermes": (
+        '<tool_call>\n{"name": "f", "arguments": {"a": [1, {"b": null}]}}\n</tool_call>',
+        [("f", {"a": [1, {"b": None}]})],
+    ),
+    "two_hermes_calls": (
+        'Let me look.<tool_call>{"name": "f", "arguments": {}}</tool_call>\n'
+        '<tool_call>{"name": "g", "arguments": "{\\"a\\": 1}"}</tool_call>',
+        [("f", {}), ("g", {"a": 1})],
+    ),
+    "bare_json": ('{"name": "f", "arguments": {"city": "Zürich"}}', [("f", {"city": "Zürich"})]),
+    "fenced_json_list": (
+        '```json\n[{"name": "f", "parameters": {"a": 1}}, {"name": "g", "arguments": {}}]\n```',
+        [("f", {"a": 1}), ("g", {})],
+    ),
+    "openai_tool_calls": (
+        '{"tool_calls": [{"id": "1", "type": "function", '
+        '"function": {"name": "f", "arguments": "{\\"a\\": \\"b\\"}"}}]}',
+        [("f", {"a": "b"})],
+    ),
+    "toolalpaca": (
+        'Thought: I need it.\nAction: searchAnime\nAction Input: {"query": "Your Lie."}\n'
+        'Action: getCast\nAction Input: {"animeId": ${animeId from searchAnime}}\nObservation: ok',
+        [
+            ("searchAnime", {"query": "Your Lie."}),
+            ("getCast", {"animeId": "${animeId from searchAnime}"}),
+        ],
+    ),
+    "bfcl_python": (
+        "[math.gcd(a=12, b=-18), f(x=.5, y=1e3)]",
+        [("math.gcd", {"a": 12, "b": -18}), ("f", {"x": 0.5, "y": 1000.0})],
+    ),
+}
+
+DAMAGED = {
+    "cut_in_a_string": ("API-Request: [f(a='one', b='tw", [("f", {"a": "one", "b": "tw"})]),
+    "no_closing_bracket": ("API-Request: [f(a='one')", [("f", {"a": "one"})]),
+    "no_brackets": ("API-Request: f(a='one')", [("f", {"a": "one"})]),
+    "a_value_without_key": ("API-Request: [f('one', b=2)]", [("f", {"b": 2})]),
+    "a_key_without_value": ("API-Request: [f(a=, b=2)]", [("f", {"a": "", "b": 2})]),
+    "words_after_a_call": (
+        "API-Request: [f(a=1) and g(b=2)",
+        [("f", {"a": 1}), ("and g", {"b": 2})],
+    ),
+    "json_in_the_request": ('API-Request: {"name": "f", "arguments": {}}', [("f", {})]),
+    "tag_not_closed": ('<tool_call>{"name": "f", "arguments": {"a": 1}}', [("f", {"a": 1})]),
+    "tag_with_python": (
+        "<tool_call>{'name': 'f', 'arguments': {'a': 1}}</tool_call>",
+        [("f", {"a": 1})],
+    ),
+    "tag_without_a_call": ("<tool_call>later</tool_call>", []),
+    "cut_json": ('{"name": "f", "arguments": {"a": 1', [("f", {})]),
+    "action_without_object": ("Action: f\nAction Input: none", [("f", {})]),
+    "bare_call": ("f(a=1)", [("f", {"a": 1})]),
+}
+
+NO_CALL = [
+    "",
+    "   \n",
+    "None of the available APIs can fulfil this request.",
+    "API-Request: []",
+    "API-Request:",
+    "I found 7 results (all open).",
+    'A record: {"name": "John", "age": 30}',
+    "squares = [i*i for i in range(1, 11)]",
+    'print("Hello World")',
+    "x[stack.pop()] and [see Foo (2020)]",
+    "Verb: wrote\nAction: writing.",
+    "((((([[[[[{{{{{",
+]
+
+
+@pytest.mark.parametrize("case", WELL_FORMED)
+def test_well_formed_calls_are_read_in_every_format(case):
+    text, expected = WELL_FORMED[case]
+    assert found(text) == expected
+    assert parse_tool_calls(text).well_formed
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_of_damaged_calls_what_can_be_read_is_kept_but_they_are_not_well_formed(case):
+    text, expected = DAMAGED[case]
+    assert found(text) == expected
+    assert not parse_tool_calls(text).well_formed
+
+
+@pytest.mark.parametrize("text", NO_CALL)
+def test_case_57_empty_and_ordinary_text_holds_no_call(text):
+    assert found(text) == []
+    assert not parse_tool_calls(text).well_formed
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.text(alphabet=st.sampled_from(list("[](){}<>='\"\\,:. \n1aT-")), max_size=60).flatmap(
+        lambda tail: st.sampled_from(
+            [
+                "",
+                "API-Request: [",
+                "<tool_call>{",
+                'x{"name": "f", "arguments":',
+                "Action: f\nAction Input:",
+                "[f(",
+            ]
+        ).map(lambda head: head + tail)
+    )
+)
+def test_no_text_makes_the_parser_or_the_scorer_fail(text):
+    parse_tool_calls(text)
+    score = score_tool_calls(text, [{"name": "f", "arguments": {"a": text}}])
+    assert all(0.0 <= value <= 1.0 for value in score.values())
+
+
+REPEATED = [
+    "[",
+    "{",
+    "(",
+    "[f(a=",
+    "[f(",
+    "{'a':",
+    '<tool_call>{"a":',
+    "'",
+    "a='b', '",
+    "a" * 400 + "(",
+]
+
+
+@pytest.mark.parametrize("part", REPEATED)
+def test_endless_repetitions_are_read_without_recursion_errors_or_long_searches(part):
+    text = part * (6000 // len(part))
+    for head in ("", "API-Request: [f(a=", "<tool_call>", "Action: f\nAction Input:"):
+        parse_tool_calls(head + text)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=12),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+arguments = st.dictionaries(
+    st.from_regex(r"[a-zA-Z_]\w{0,8}", fullmatch=True), json_values, max_size=4
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(arguments)
+def test_hermes_calls_come_back_exactly(values):
+    text = f"<tool_call>{json.dumps({'name': 'f', 'arguments': values})}</tool_call>"
+    assert found(text) == [("f", values)]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z_]{1,8}", fullmatch=True),
+        st.integers()
+        | st.booleans()
+        | st.none()
+        | st.text(alphabet="abc XYZ.-/äß'\"\\\n\t", max_size=12)
+        | st.lists(st.text(alphabet="ab c", max_size=4), max_size=3),
+        max_size=4,
+    )
+)
+def test_calls_written_by_repr_come_back_exactly(values):
+    text = f"API-Request: [f({', '.join(f'{key}={value!r}' for key, value in values.items())})]"
+    assert found(text) == [("f", values)]
+
+
+GOLD = [{"name": "f", "arguments": {"a": "1", "b": "New York"}}]
+
+
+def scores(text: str, gold=None) -> tuple[float, ...]:
+    score = score_tool_calls(text, GOLD if gold is None else gold)
+    return score["format"], score["name"], score["arguments"], score["exact"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("API-Request: [f(a='1', b='New York')]", (1, 1, 1, 1)),
+        ("API-Request: [f(b='New  York ', a=1.0)]", (1, 1, 1, 1)),
+        ("API-Request: [f(a='1', b='Boston')]", (1, 1, 0.5, 0)),
+        ("API-Request: [f(a='1', b='new york')]", (1, 1, 0.5, 0)),
+        ("API-Request: [f(a='1')]", (1, 1, 0.5, 0)),
+        ("API-Request: [f(a='1', b='New York', c='more')]", (1, 1, 1, 0)),
+        ("API-Request: [g(a='1', b='New York')]", (1, 0, 0, 0)),
+        ("API-Request: [f(a='1', b='New York'), g()]", (1, 0, 1, 0)),
+        ("API-Request: [f(a='1', b='New York'), f(a='1', b='New York')]", (1, 0, 1, 0)),
+        ("API-Request: [f(a='1', b='New York'", (0, 1, 1, 1)),
+        ("I cannot do that.", (0, 0, 0, 0)),
+        ("", (0, 0, 0, 0)),
+    ],
+)
+def test_scores_of_one_wanted_call(text, expected):
+    assert scores(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "equal"),
+    [
+        ("3", 3, True),
+        (3, 3.0, True),
+        ("3.50", "3.5", True),
+        ("007", "7", False),
+        ("12345678901234567890", "12345678901234567891", False),
+        ("True", True, True),
+        (True, 1, False),
+        (None, "null", True),
+        ("a  b\n c", " a b c", True),
+        ('"quoted"', "quoted", True),
+        ("Case", "case", False),
+        ("['A', 'B']", ["A", "B"], True),
+        ('{"k": 1}', "{'k': '1'}", True),
+        ([1, 2], [2, 1], False),
+        (["A"], "A", False),
+    ],
+)
+def test_values_are_equal_after_the_documented_steps_only(wanted, given, equal):
+    text = "<tool_call>" + json.dumps({"name": "f", "arguments": {"a": given}}) + "</tool_call>"
+    assert scores(text, [{"name": "f", "arguments": {"a": wanted}}]) == (1, 1, equal, equal)
+
+
+def test_parallel_calls_have_no_order_and_pair_with_their_best_match():
+    gold = [
+        {"name": "f", "arguments": {"a": 1, "b": 1}},
+        {"name": "f", "arguments": {"a": 2, "b": 2}},
+    ]
+    assert scores("[f(a=2, b=2), f(a=1, b=1)]", gold) == (1, 1, 1, 1)
+    assert scores("[f(a=2, b=2), f(a=2, b=2)]", gold) == (1, 1, 0.5, 0)
+    assert scores("[f(a=2, b=2)]", gold) == (1, 0, 0.5, 0)
+
+
+def test_a_call_without_arguments_is_right_by_its_name():
+    assert scores("[f()]", [{"name": "f", "arguments": {}}]) == (1, 1, 1, 1)
+    assert scores("[f(a=1)]", [{"name": "f", "arguments": {}}]) == (1, 1, 1, 0)
+    assert scores("[g()]", [{"name": "f", "arguments": {}}]) == (1, 0, 0, 0)
+
+
+def test_possible_answers_accept_alternatives_and_omissions():
+    gold = [{"area": {"base": [10], "unit": ["cm", "units", ""], "tags": [["a", "b"], ["c"]]}}]
+    assert scores("[area(base=10, tags=['c'])]", gold) == (1, 1, 1, 1)
+    assert scores("[area(base=10, tags=['a', 'b'], unit='units')]", gold) == (1, 1, 1, 1)
+    assert scores("[area(base=10, tags=['a', 'b'], unit='m')]", gold) == (1, 1, 2 / 3, 0)
+    assert scores("[area(base=10)]", gold) == (1, 1, 0.5, 0)
+
+
+def test_possible_answers_reach_into_objects():
+    gold = [{"update": {"info": [{"name": ["John"], "mail": ["a@b", ""]}], "none": []}}]
+    assert scores("[update(info={'name': 'John'})]", gold) == (1, 1, 1, 1)
+    assert scores("[update(info={'name': 'John', 'mail': 'a@b'})]", gold) == (1, 1, 1, 1)
+    assert scores("[update(info={'name': 'Joe'})]", gold) == (1, 1, 0, 0)
+    assert scores("[update(info={'name': 'John', 'age': 3})]", gold) == (1, 1, 0, 0)
+
+
+def test_exactness_pairs_calls_even_where_the_first_choice_blocks():
+    gold = [{"f": {"a": [1, 2]}}, {"f": {"a": [1]}}]
+    assert scores("[f(a=1), f(a=2)]", gold)[3] == 1
+    assert scores("[f(a=2), f(a=2)]", gold)[3] == 0
+
+
+def test_where_no_call_is_wanted_any_call_is_wrong():
+    assert scores("None of the available APIs can do this.", []) == (1, 1, 1, 1)
+    assert scores("API-Request: [f()]", []) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("entry", [{}, {"name": "f"}, {"f": {"a": 1}}, {"a": {}, "b": {}}])
+def test_unknown_gold_is_refused_with_both_wanted_forms(entry):
+    with pytest.raises(ValueError, match=r"gold: wanted .*'arguments'.* got"):
+        score_tool_calls("[f()]", [entry])
+
+
+def make_sample(content="", meta=None, tool_calls=None) -> Sample:
+    messages = (Message("user", "do it"), Message("assistant", content, tool_calls))
+    return Sample("1", 1, "tool", messages, meta=meta or {})
+
+
+def test_wanted_calls_are_found_wherever_a_sample_keeps_them():
+    call = {"name": "f", "arguments": {"a": 1}}
+    other = {"name": "g", "arguments": {}}
+    possible = [{"f": {"a": [1, 2]}}]
+    golden = [{"Action": "f", "Action_Input": '{"a": 1}'}]
+    written = "API-Request: [f(a=1)]"
+    assert gold_calls_of(make_sample(written, {"possible_answer": possible})) == possible
+    assert gold_calls_of(make_sample("", {"golden_answer": golden})) == [call]
+    assert gold_calls_of(make_sample("", tool_calls=(call,))) == [call]
+    assert gold_calls_of(make_sample(written, {"gold_calls": [call]})) == [call]
+    assert gold_calls_of(make_sample(written)) == [call]
+    # gold_calls of a whole dialogue: only the last turn counts.
+    assert gold_calls_of(make_sample(written, {"gold_calls": [other, call]})) == [call]
+    assert gold_calls_of(make_sample("Bye.", {"gold_calls": [other]})) is None
+    assert gold_calls_of(make_sample("No API fits.", {"gold_calls": []})) == []
+    assert gold_calls_of(make_sample("Hello.")) is None
+    assert gold_calls_of(Sample("1", 1, "tool", (Message("user", "?"),))) is None
+
+
+def shared_rows():
+    for path in sorted(SHARED.glob("*/*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                if row["meta"].get("gold_calls") is not None or row["meta"].get("golden_answer"):
+                    yield row
+
+
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the shared data folder is not beside the repository"
+)
+def test_every_gold_call_of_the_shared_data_parses_back_and_scores_full():
+    wrong, seen = [], 0
+    for row in shared_rows():
+        messages = [Message(m["role"], m["content"]) for m in row["messages"]]
+        last = messages[-1].content
+        parsed = parse_tool_calls(last)
+        calls = [{"name": c.name, "arguments": c.arguments} for c in parsed.calls]
+        stated = row["meta"].get("gold_calls", calls)
+        if stated and len(stated) != len(calls):  # gold of the whole dialogue
+            texts = [m.content for m in messages if m.role == "assistant"]
+            parts = [parse_tool_calls(text).calls for text in texts]
+            calls = [{"name": c.name, "arguments": c.arguments} for part in parts for c in part]
+        if stated and calls != stated:
+            wrong.append((row["id"], calls, stated))
+        gold = gold_calls_of(Sample(row["id"], 1, "tool", tuple(messages), meta=row["meta"]))
+        score = score_tool_calls(last, gold) if gold is not None else {"exact": 1.0, "format": 1.0}
+        if score["exact"] != 1.0 or score["format"] != float(row["id"] not in ODD_GOLD):
+            wrong.append((row["id"], score, gold))
+        seen += 1
+    assert not wrong, wrong[:5]
+    assert seen > 6000
