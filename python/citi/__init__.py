@@ -1,0 +1,59 @@
+"""CITI: tool use for a language model without making it worse at everything else.
+
+Importing this package registers the PEFT method `molora`, so that `PeftModel.from_pretrained` finds
+it; every other public name is loaded when it is first used. Source: arXiv 2409.13202.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from citi.adapters import (
+    AdapterError,
+    MoLoraConfig,
+    MoLoraLinear,
+    MoLoraModel,
+    load_adapter,
+    routing_names,
+    without_adapters,
+)
+
+_HOMES = {
+    "citi.components": ("Component", "SkippedModule", "find_components"),
+    "citi.data": ("Collator", "DataError", "RenderedDataset", "Sample", "mix", "read_samples"),
+    "citi.evaluation": ("EvalResult", "EvalSettings", "comparison_table", "evaluate"),
+    "citi.fingerprint": ("model_fingerprint",),
+    "citi.importance": ("ComponentScores", "component_importance"),
+    "citi.observer": ("RunObserver",),
+    "citi.plan": ("Plan", "make_plan"),
+    "citi.recipe": ("Recipe", "RecipeError", "load_recipe"),
+    "citi.run": ("evaluate_run", "load_run", "train"),
+    "citi.run_directory": ("RunDirectory", "RunError"),
+    "citi.scores": ("AbilityScores", "score_components"),
+    "citi.stages": ("STAGES", "Stage", "apply_stage"),
+    "citi.trainer": ("CitiTrainer", "RouterLossMixin", "TrainingError"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdapterError",
+    "MoLoraConfig",
+    "MoLoraLinear",
+    "MoLoraModel",
+    "load_adapter",
+    "routing_names",
+    "without_adapters",
+    *_HOME_OF,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'citi' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

@@ -1,0 +1,102 @@
+"""Two processes, as `accelerate launch` starts them: the same gradients, one run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from run_cases import Items, adapted_model, adapter_tensors, make_trainer, tiny_recipe
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from citi.run_directory import RunDirectory
+from citi.stages import MI, UCO
+
+SHORT = {"epochs_mi": 1.0, "save_steps": 2}
+
+# The package is imported before the tests' folders, which are namesakes of it, come into sight.
+_RANK = """
+import sys
+from pathlib import Path
+import citi
+import citi_kernels
+import citi.run
+sys.path += sys.argv[2:]
+from test_run_processes import SHORT, train_stages
+from run_cases import tiny_recipe
+
+folder = Path(sys.argv[1])
+train_stages(folder, processes=2)
+citi.run.train(tiny_recipe(folder, **SHORT))
+"""
+
+
+def train_stages(folder: Path, *, processes: int) -> dict[str, dict[str, Tensor]]:
+    """Trained parameters and router losses of two stages; windows of two samples in any case."""
+    results = {}
+    for stage in (MI, UCO):
+        model = adapted_model()
+        trainer = make_trainer(
+            model,
+            folder / "out",
+            Items(8),
+            stage=stage,
+            batch_size=1,
+            accumulation=2 // processes,
+            router_loss_weight=0.5,
+            settings={"optim": "sgd", "ddp_find_unused_parameters": False},
+        )
+        trainer.train()
+        result = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        rows = [row for row in trainer.state.log_history if "router_loss" in row]
+        for key in ("loss", "ce_loss", "router_loss"):
+            result[key] = torch.tensor([row[key] for row in rows])
+        if trainer.is_world_process_zero() and processes > 1:
+            save_file(result, folder / f"{stage.name}.safetensors")
+        results[stage.name] = result
+    return results
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_case_39_two_processes_train_as_one_and_share_a_run(tmp_path: Path) -> None:
+    tiny_recipe(tmp_path)
+    tests = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    base = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RANK, str(tmp_path), *tests],
+            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    alone = train_stages(tmp_path / "alone", processes=1)
+    errors = [process.communicate(timeout=240)[1] for process in ranks]
+    for process, error in zip(ranks, errors, strict=True):
+        assert process.returncode == 0, error.decode()[-2000:]
+    for name, result in alone.items():
+        together = load_file(tmp_path / f"{name}.safetensors")
+        assert together.keys() == result.keys()
+        for key, tensor in result.items():
+            torch.testing.assert_close(together[key], tensor, rtol=1e-4, atol=1e-7, msg=key)
+
+    run = RunDirectory.of(tiny_recipe(tmp_path))
+    assert json.loads(run.environment_file.read_text())["num_processes"] == 2
+    assert run.load_manifest().finished
+    assert run.load_manifest().phases["rp"]["steps"] == 3, "eighteen samples, two times three"
+    assert all(tensor.isfinite().all() for tensor in adapter_tensors(run.adapter).values())
+    rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in rows] == [
+        (stage, step) for stage in ("rp", "mi", "uco") for step in (1, 2, 3)
+    ]
