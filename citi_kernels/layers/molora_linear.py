@@ -70,7 +70,7 @@ class MoLoRALinear(nn.Module):
 
     Inside a `RoutingContext` each call records its gate sums under `id(layer)`.
 
-    Source: METHOD.md section 2; arXiv 2409.13202.
+    Source: arXiv 2409.13202, section "MOLoRA".
     """
 
     def __init__(

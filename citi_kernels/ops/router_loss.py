@@ -51,7 +51,7 @@ def router_loss(
             a task type other than 0 and 1.
         TypeError: `gate_sums` not floating or `task_types` not integer.
 
-    Source: METHOD.md section 3; arXiv 2409.13202, eq. 8 and 9. The paper's equation has no
+    Source: arXiv 2409.13202, eq. 8 and 9. The paper's equation has no
     epsilon; we add the one of `cv2`, so that delta = 1 cannot divide by 0.
     """
     _check(gate_sums, token_counts, task_types, delta=delta, kind=kind)

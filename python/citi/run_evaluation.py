@@ -18,7 +18,7 @@ from citi.run_directory import RunDirectory, RunError
 from citi.run_model import load_run
 
 SampleSets = Mapping[str, Sequence[Sample]]
-_GATE_SAMPLES = 32  # of each file: thousands of tokens, enough for a histogram
+_GATE_SAMPLES = 8  # of each file: thousands of tokens, enough for a histogram
 
 
 def evaluate_run(path: str | Path, *, observer: RunObserver | None = None) -> dict[str, EvalResult]:

@@ -216,7 +216,7 @@ def test_every_picture_has_words_for_those_who_do_not_see_it(page: Page) -> None
 
 
 def test_the_table_holds_each_value_and_its_change_against_the_base(page: Page) -> None:
-    assert page.row("measure") == ["base", "tuned", "lora"]
+    assert page.row("measure") == ["base", "CITI", "LoRA on tool data"]
     assert page.row("exact call") == ["10.0 %", "50.0 % +40.0", "60.0 % +50.0"]
     assert page.row("answer NLL") == ["2.000", "2.250 +0.250", "3.000 +1.000"]
     assert page.row("exact match") == ["25.0 %", "25.0 % +0.0", "25.0 % +0.0"]
@@ -239,7 +239,7 @@ def test_chance_is_stated_for_the_smallest_set(page: Page) -> None:
 def test_the_scatter_places_gain_against_mean_forgetting(page: Page) -> None:
     words = next(p["aria-label"] for p in page.pictures if "% exact, NLL" in p["aria-label"])
     assert words == (
-        "base: 10.0 % exact, NLL +0.000; tuned: 50.0 % exact, NLL +0.125;"
+        "base: 10.0 % exact, NLL +0.000; CITI: 50.0 % exact, NLL +0.125;"
         " lora: 60.0 % exact, NLL +0.500"
     )
 

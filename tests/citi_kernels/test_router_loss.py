@@ -12,7 +12,7 @@ KINDS = ("cv2", "dispersion")
 
 
 def loop_truth(gate_sums, token_counts, task_types, delta, kind):
-    """METHOD.md section 3, read aloud, one layer, in Python floats."""
+    """The definition, read aloud, one layer, in Python floats."""
     values = []
     for sums, count, task in zip(
         gate_sums.tolist(), token_counts.tolist(), task_types.tolist(), strict=True

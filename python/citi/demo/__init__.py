@@ -34,14 +34,14 @@ class DemoSize:
     epochs_uco: float
 
 
-FULL = DemoSize(80, 20, 8, 40, 0.5, 2.0, 0.5)
+FULL = DemoSize(64, 16, 8, 32, 0.5, 2.0, 0.5)
 QUICK = DemoSize(16, 4, 2, 8, 0.5, 1.0, 0.5)
 
 
 def demo_recipe(*, quick: bool, output: Path) -> Recipe:
     """The demo as a recipe; the model is converted on the first call.
 
-    The paper's settings belong to an 8B model and 20,000 samples. Here a 135M model sees 160 of
+    The paper's settings belong to an 8B model and 20,000 samples. Here a 135M model sees 128 of
     them: the learning rates and alpha are higher, so that it learns within a hundred steps.
     """
     size = QUICK if quick else FULL
@@ -64,8 +64,8 @@ def demo_recipe(*, quick: bool, output: Path) -> Recipe:
         epochs_mi=size.epochs_mi,
         epochs_uco=size.epochs_uco,
         max_length=512,
-        batch_size=4,
-        gradient_accumulation=1,
+        batch_size=1,  # short general samples would else be padded to the length of tool samples
+        gradient_accumulation=4,
         max_new_tokens=64,
         eval_batch_size=16,
         save_steps=20,

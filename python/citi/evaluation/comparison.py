@@ -13,6 +13,7 @@ from citi.evaluation.evaluate import EvalResult
 from citi.evaluation.tool_calls import SCORES
 
 _NOTHING = "-"
+_TITLES = {"tuned": "CITI", "lora": "LoRA on tool data"}
 _SECTIONS = (("tool", "tool calls"), ("general", "general ability"))
 
 
@@ -23,6 +24,11 @@ class _Row:
     label: str
     count: str
     cells: tuple[str, ...]
+
+
+def title_of(name: str) -> str:
+    """What a reader calls the result in eval/<name>.json."""
+    return _TITLES.get(name, name)
 
 
 def mean_relative_change(base: EvalResult, other: EvalResult) -> float | None:
@@ -44,7 +50,7 @@ def comparison_table(results: Mapping[str, EvalResult]) -> Table:
     responses. General rows: answer NLL with its change against the first column, exact match.
 
     Args:
-        results: column title → result, for example base, LoRA, CITI.
+        results: column title, or name of a file in eval/ → result, such as base, tuned, lora.
 
     Raises:
         ValueError: `results` is empty.
@@ -55,7 +61,7 @@ def comparison_table(results: Mapping[str, EvalResult]) -> Table:
     table.add_column("")
     table.add_column("n", justify="right")
     for title in results:
-        table.add_column(Text(title), justify="right")
+        table.add_column(Text(title_of(title)), justify="right")
     for title, rows in sections:
         table.add_section()
         table.add_row(f"[bold]{title}[/bold]")
@@ -72,7 +78,7 @@ def comparison_markdown(results: Mapping[str, EvalResult]) -> str:
     """
     sections = _sections(results)
     lines = [
-        _markdown_line(["", "n", *results]),
+        _markdown_line(["", "n", *map(title_of, results)]),
         _markdown_line(["---"] + ["---:"] * (1 + len(results))),
     ]
     for title, rows in sections:
@@ -171,12 +177,13 @@ def _footnotes(results: Mapping[str, EvalResult]) -> list[str]:
     if any(result.general for result in results.values()):
         lines.append(
             "answer NLL: nats a token of the reference answer, lower is better"
-            + (f"; change against {first}" if len(results) > 1 else "")
+            + (f"; change against {title_of(first)}" if len(results) > 1 else "")
         )
+        lines.append("learning an ability's answer format lowers its NLL too, whatever was kept")
     notes: dict[str, list[str]] = {}
     for title, result in results.items():
         for note in result.notes:
-            notes.setdefault(note, []).append(title)
+            notes.setdefault(note, []).append(title_of(title))
     for note, titles in notes.items():
         everywhere = len(titles) == len(results)
         lines.append(note if everywhere else f"{note} ({', '.join(titles)})")

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from citi.components import split_layer
+from citi.evaluation.comparison import title_of
 from citi.report.drawing import ACCENT, GENERAL, INK, LINE, MUTED, PAPER, TOOL, new_figure, themed
 
 if TYPE_CHECKING:
@@ -291,7 +292,7 @@ def trade_off(points: Mapping[str, tuple[float, float]]) -> Figure:
         axes.scatter([change], [100 * exact], s=60, color=colour, edgecolors=PAPER, zorder=3)
         below = name == "base"
         axes.annotate(
-            name,
+            title_of(name),
             (change, 100 * exact),
             xytext=(0, -8 if below else 8),
             textcoords="offset points",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from citi.evaluation import EvalResult
+from citi.evaluation.comparison import title_of
 from citi.report import html, plots
 from citi.report.drawing import svg
 
@@ -85,7 +86,7 @@ def headline(results: Mapping[str, EvalResult]) -> list[tuple[str, str, str]]:
 def table(results: Mapping[str, EvalResult]) -> str:
     """Metrics down, results across; every result but the base carries its change against it."""
     names = list(results)
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    head = "".join(f'<th scope="col">{escape(title_of(name))}</th>' for name in names)
     lines = []
     for kind in ("tool", "general"):
         for dataset in _datasets(results, kind):
@@ -164,13 +165,15 @@ def section(results: Mapping[str, EvalResult]) -> html.Section:
             points[name] = (change, exact)
     if len(points) > 1:
         alt = "; ".join(
-            f"{name}: {100 * y:.1f} % exact, NLL {x:+.3f}" for name, (x, y) in points.items()
+            f"{title_of(name)}: {100 * y:.1f} % exact, NLL {x:+.3f}"
+            for name, (x, y) in points.items()
         )
         drawing = svg(plots.trade_off(points), name="tradeoff", alt=alt)
         caption = (
             "Each dot is one model. Up is more exact tool calls; right of the line at 0 is a"
             " higher NLL on the general answers than the base model has, so forgetting."
-            " The best place is high and not to the right."
+            " The best place is high and not to the right. Learning an ability's answer format"
+            " lowers its NLL too, whatever was kept."
         )
         body += "<h3>Gain against forgetting</h3>" + html.figure(drawing, caption, alone=True)
     return html.Section(
