@@ -13,19 +13,19 @@ Usage: python benchmarks/importance.py [--dtype bf16] [--json results.json]
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from citi.components import find_components
+from citi.environment_record import environment_record
 from citi.importance import ESTIMATORS, component_importance
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -115,13 +115,8 @@ def main() -> None:
         print(f"{name:18} {value:9.3f}")
     if arguments.json:
         settings = {key: value for key, value in vars(arguments).items() if key != "json"}
-        settings |= {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-        }
-        record = {"settings": settings, "seconds": seconds, "ratios": ratios}
+        info = environment_record() | {"date": datetime.date.today().isoformat()}
+        record = {"machine": info, "settings": settings, "seconds": seconds, "ratios": ratios}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import io
 import json
-import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ import torch.nn.functional as F  # noqa: N812
 from peers.expert_loop import expert_loop
 from peers.peft_lora import peft_lora
 
+from citi.environment_record import environment_record
 from citi_kernels import molora_linear
 from citi_kernels.backends import choose
 from citi_kernels.testing import check_molora_linear, random_case, stacked_molora_linear
@@ -203,26 +205,19 @@ def verdict(value: float, gate_goal: tuple[float, float] | None, *, at_most: boo
 
 
 def machine(device: str) -> dict[str, object]:
-    info: dict[str, object] = {
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu": platform.processor(),
+    """What the numbers were measured on: the record of a run, the day, what the CPU multiplies."""
+    info = environment_record() | {
+        "date": datetime.date.today().isoformat(),
         "backend": choose("molora_linear", torch.empty(1, device=device)),
+        "cpu_flags": [],
     }
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        fields = dict(
-            [part.strip() for part in line.split(":", 1)]
-            for line in cpuinfo.read_text().splitlines()
-            if ":" in line
-        )
-        info["cpu"] = fields.get("model name", info["cpu"])
-        flags = set(fields.get("flags", "").split())
-        info["cpu_flags"] = sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
+        flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+        known = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}
+        info["cpu_flags"] = sorted(known & set(flags[1].split())) if flags else []
     if device != "cpu":
-        info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        info |= {"device_name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return info
 
 
@@ -243,8 +238,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     shapes = (QUICK_SHAPES if arguments.quick else SHAPES)[arguments.device]
     info = machine(arguments.device) | {"clock": arguments.clock}
-    print(", ".join(f"{key} {value}" for key, value in info.items()))
-    if arguments.device == "cpu" and "amx_bf16" not in info.get("cpu_flags", ()):
+    print(f"{info['device_name']}, {info['num_threads']} threads, torch {torch.__version__}")
+    if arguments.device == "cpu" and "amx_bf16" not in info["cpu_flags"]:
         print("Gates and goals are those of 2 cores with AMX, which this CPU does not show.")
     rows = []
     for dtype in arguments.dtype or ["bf16", "fp32"]:

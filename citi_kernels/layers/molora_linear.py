@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from citi_kernels.layers.routing import RoutingContext
 from citi_kernels.ops.molora_linear import molora_linear
+from citi_kernels.ops.molora_linear_checks import FLOATING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +46,15 @@ class MoLoRASettings:
         for name in ("num_experts", "r"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha must be a number > 0, got {self.alpha!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie within [0, 1), got {self.dropout!r}")
-        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
+        alpha, dropout, top_k = self.alpha, self.dropout, self.top_k
+        if not (isinstance(alpha, Real) and math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"alpha must be a number > 0, got {alpha!r}")
+        if not (isinstance(dropout, Real) and 0.0 <= dropout < 1.0):
+            raise ValueError(f"dropout must lie within [0, 1), got {dropout!r}")
+        if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= self.num_experts):
             raise ValueError(
                 f"top_k must be None (all experts) or within [1, {self.num_experts}], num_experts, "
-                f"got {self.top_k!r}"
+                f"and an integer, got {top_k!r}"
             )
 
     @property
@@ -132,11 +135,19 @@ class MoLoRALinear(nn.Module):
             a layer on the linear's device whose output equals `linear(x)` bitwise at the start.
 
         Raises:
-            TypeError: not an `nn.Linear` with a floating weight.
+            TypeError: not an `nn.Linear` with a floating weight (a parameter of fp16 or wider), or
+                calling it does more than its product: a `forward` of its own, or hooks.
         """
-        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+        if not isinstance(linear, nn.Linear) or linear.weight.dtype not in FLOATING:
             raise TypeError(
-                f"linear must be an nn.Linear with a floating weight, got {type(linear).__name__}"
+                "linear must be an nn.Linear with a floating weight "
+                f"({', '.join(map(str, FLOATING))}), got {type(linear).__name__}"
+            )
+        if not _is_plain(linear):
+            raise TypeError(
+                "linear must be a plain nn.Linear: its forward, its parametrization or its hooks "
+                f"would be lost, got {type(linear).__name__}; take them off, or use the PEFT "
+                "method molora, which calls the layer"
             )
         layer = cls(
             linear.in_features,
@@ -267,6 +278,19 @@ def reset_adapter_(a: Tensor, b: Tensor, router: Tensor) -> None:
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     nn.init.kaiming_uniform_(router, a=math.sqrt(5))
     b.zero_()
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether calling it is F.linear with its weight and bias, and no more."""
+    hooks = (
+        linear._forward_pre_hooks,
+        linear._forward_hooks,
+        linear._backward_pre_hooks,
+        linear._backward_hooks,
+    )
+    has_own_forward = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
+    is_parameter = isinstance(linear.weight, nn.Parameter)
+    return is_parameter and not has_own_forward and not any(hooks)
 
 
 def _draw_seed() -> Tensor:

@@ -34,8 +34,8 @@ def molora_linear_ref(
         gate = softmax(router @ x)
         y    = weight @ x + bias + scaling * sum_i gate[i] * b_i @ (a_i @ x)      i = 1 .. E
 
-    Arguments, results and errors are those of `molora_linear`. Works in fp64: gates and gate sums
-    are then fp64 too. It writes a (T, N) tensor per expert; it is the truth, not an implementation.
+    Arguments and results are those of `molora_linear`; no checks. In fp64 gates and gate sums
+    are fp64 too. It writes a (T, N) tensor per expert; it is the truth, not an implementation.
     """
     shape, x_TK = x.shape, x.reshape(x.shape[:-1].numel(), x.shape[-1])
     a_RK, b_NR, router_GK = a.to(x.dtype), b.to(x.dtype), router.to(x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,10 +45,12 @@ def load_base(name: str, *, dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
         name: Hub name or directory.
         dtype: See `resolve_dtype`.
     Raises:
-        ValueError: The tokenizer has neither a padding nor an end token.
+        ValueError: A path that is no directory; a tokenizer with neither pad nor end token.
         DataError: The tokenizer has no usable chat template.
         OSError: No such model.
     """
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(f"model: no such directory: {name}")
     device = this_process().device
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:

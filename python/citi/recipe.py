@@ -41,6 +41,8 @@ class Recipe:
     """Settings of a run; defaults are the paper's (arXiv 2409.13202) where it states them.
 
     Data keys take a path, a list of paths or a mapping of names to paths, and hold the mapping.
+    Paths become absolute, relative ones from the working directory, so that a run can be gone on
+    with from anywhere.
 
     Raises:
         RecipeError: A value has another type or lies outside its limits.
@@ -108,6 +110,9 @@ class Recipe:
         for name in _REQUIRED:
             if not getattr(self, name):
                 raise RecipeError(f"{name}: wanted {_comment(name)}, got nothing")
+        paths = {name: getattr(self, name) for name in (*_PATHS, "output", "model")}
+        for name, value in _resolved(paths, Path.cwd()).items():
+            object.__setattr__(self, name, value)
         if self.top_k is not None and self.top_k > self.num_experts:
             raise RecipeError(
                 f"top_k: wanted at most num_experts ({self.num_experts}), got {self.top_k}"
@@ -186,9 +191,10 @@ def template(
     *,
     eval_tool: Sequence[str] | Mapping[str, str] = (),
     eval_general: Sequence[str] | Mapping[str, str] = (),
+    output: str = "runs/citi",
 ) -> str:
     """The text of a fresh recipe for `citi init`: every key with its default and a comment."""
-    given = {"model": model, "tool": tool, "general": general}
+    given = {"model": model, "tool": tool, "general": general, "output": output}
     given |= {"eval_tool": eval_tool or {}, "eval_general": eval_general or {}}
     lines = ["# A CITI recipe: `citi train` runs it, and run again resumes it."]
     for spec in dataclasses.fields(Recipe):
@@ -316,6 +322,8 @@ def _checked(spec: dataclasses.Field, value: object) -> object:
         raise RecipeError(f"{spec.name}: wanted at most {high}, got {value}")
     if above is not None and not above < value < math.inf:
         raise RecipeError(f"{spec.name}: wanted a number above {above:g}, got {value}")
+    if kind is float and not math.isfinite(value):
+        raise RecipeError(f"{spec.name}: wanted a finite number, got {value}")
     return value
 
 

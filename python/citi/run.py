@@ -85,6 +85,8 @@ class _Session:
         self.model = RunModel(recipe, run)
         self.processes = this_process()
         self.is_writer = self.processes.is_main_process
+        # Read now: a broken file must not come to light after the training.
+        self.evaluation_sets = evaluation_sets(recipe)
         self._dataset: RenderedDataset | None = None
         self._is_alone = False
 
@@ -201,7 +203,7 @@ class _Session:
 
     def _evaluate(self) -> None:
         name, title = "eval", "base against tuned"
-        tool, general = evaluation_sets(self.recipe)
+        tool, general = self.evaluation_sets
 
         def work() -> None:
             evaluate_pair(

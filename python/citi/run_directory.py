@@ -15,6 +15,9 @@ from citi.manifest import Manifest, digest_files, digest_of
 from citi.recipe import Recipe, RecipeError, load_recipe
 from citi.stages import STAGES, Stage
 
+# Phases whose results depend on neither recipe nor data.
+_INDEPENDENT = {"env"}
+
 
 class RunError(ValueError):
     """A run cannot start or go on; the message says why and what to do."""
@@ -105,6 +108,8 @@ class RunDirectory:
 def open_run(recipe: Recipe, *, write: bool = True) -> Manifest:
     """Begin the run of `recipe`, or go on with it.
 
+    A run that has computed nothing yet, say because a data file was broken, begins afresh.
+
     Args:
         recipe: Its `output` is the folder.
         write: False on processes that must not write.
@@ -116,7 +121,7 @@ def open_run(recipe: Recipe, *, write: bool = True) -> Manifest:
     identity = digest_of(recipe.identity())
     digests = digest_files(recipe.data_files)
     manifest = Manifest.load(run.manifest_file)
-    if manifest is None:
+    if manifest is None or not manifest.phases.keys() - _INDEPENDENT:
         manifest = Manifest(run.manifest_file, recipe_sha256=identity, data_sha256=digests)
     elif changes := _changes(run, recipe, identity, manifest, digests):
         raise RunError(

@@ -19,6 +19,7 @@ from citi.checkpoints import (
 )
 from citi.metrics_file import MetricsWriter, rewind_metrics
 from citi.observer import RunObserver
+from citi.processes import this_process
 from citi.recipe import Recipe
 from citi.stages import MI, RP, STAGES, UCO, Stage
 from citi.trainer import CitiTrainer
@@ -112,14 +113,17 @@ def train_stage(
     Raises:
         TrainingError: The loss is not finite, or too many batches have no labels.
     """
-    removed = discard_incomplete(folder)
+    processes = this_process()
+    removed = discard_incomplete(folder) if processes.is_main_process else []
+    processes.wait_for_everyone()
     checkpoint = last_complete_checkpoint(folder)
     step = checkpoint_step(checkpoint) if checkpoint else 0
     if removed:
         observer.line(f"left out {len(removed)} half-written checkpoint(s) of stage {stage.name}")
     if checkpoint:
         observer.line(f"stage {stage.name} goes on after step {step}")
-    rewind_metrics(metrics_file, stage.name, step=step)
+    if processes.is_main_process:
+        rewind_metrics(metrics_file, stage.name, step=step)
     device = next(model.parameters()).device
     use_cache = model.config.use_cache  # the Trainer switches it off for good
     trainer = CitiTrainer(
@@ -131,9 +135,11 @@ def train_stage(
         router_loss=recipe.router_loss,
         router_loss_weight=recipe.router_loss_weight if routed else 0.0,
         delta=recipe.delta,
-        callbacks=[MetricsWriter(metrics_file, stage.name, observer), _OlderCheckpoints()],
+        callbacks=[MetricsWriter(metrics_file, stage.name, observer)],
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.add_callback(_OlderCheckpoints())  # last, when the newest checkpoint has its seal
+    if checkpoint is None or not trainer.take_over(checkpoint):
+        trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     model.config.use_cache = use_cache
     trainable = [p for p in model.parameters() if p.requires_grad]

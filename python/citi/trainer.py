@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from citi.checkpoints import checkpoint_stage, last_complete_checkpoint, seal_checkpoint
+from citi.checkpoints import (
+    SEAL,
+    checkpoint_stage,
+    is_complete,
+    last_complete_checkpoint,
+    seal_checkpoint,
+)
 from citi.router_loss_mixin import IGNORED_LABEL, RouterLossMixin, has_labels
 from citi.stages import Stage, apply_stage, check_trainable, raise_trainables_to_fp32
 
@@ -54,6 +62,7 @@ class CitiTrainer(RouterLossMixin, Trainer):
         *args, **kwargs: RouterLossMixin's and the Trainer's own.
     Raises:
         NonFiniteLossError, MaskedBatchError: See above.
+        TrainingError: `train` was told to resume from a checkpoint that is not complete.
         StageError: The model has no parameters for the stage, or trains others.
     """
 
@@ -85,6 +94,11 @@ class CitiTrainer(RouterLossMixin, Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            raise TrainingError(
+                f"{resume_from_checkpoint} is no complete checkpoint: its {SEAL} is missing, or "
+                "does not fit its files; resume_from_checkpoint=True takes the last complete one"
+            )
         if resume_from_checkpoint and self.stage is not None:
             saved_in = checkpoint_stage(resume_from_checkpoint)
             if saved_in is not None and saved_in != self.stage.name:
@@ -97,6 +111,19 @@ class CitiTrainer(RouterLossMixin, Trainer):
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             _undo_prepare(self.model)
+
+    def take_over(self, checkpoint: str | Path) -> bool:
+        """Load a checkpoint if it stands at its run's last step; return whether it does.
+
+        There `train` would have nothing to do, but within a fraction of an epoch takes a step more.
+        """
+        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        if state.global_step < state.max_steps:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self._set_trainable()
+        self.state = state
+        return True
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any
@@ -169,11 +196,20 @@ class CitiTrainer(RouterLossMixin, Trainer):
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether the model computes logits at chosen positions, and its loss takes shifted labels."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    """Whether the model computes logits at chosen positions, and its loss takes shifted labels.
+
+    Not over several devices, where the positions would lie on the wrong one, nor with prompt
+    learning, which puts positions of its own in front.
+    """
+    base = model
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            return False
+        base = model.get_base_model()
     parameters = inspect.signature(base.forward).parameters
     takes_rest = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return "logits_to_keep" in parameters and takes_rest
+    on_one_device = len({p.device for p in base.parameters()}) == 1
+    return "logits_to_keep" in parameters and takes_rest and on_one_device
 
 
 def answers_only(inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -269,6 +269,43 @@ def test_case_52_zero_matches_and_no_target_raise():
         get_peft_model(tiny_model(), MoLoraConfig())
 
 
+def test_a_name_that_matches_nothing_is_refused_beside_others_that_match():
+    right, wrong = component_names(tiny_model())[0], "model.layers.0.self_attn.q_porj"
+    for settings in (
+        {"target_modules": [right, wrong]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["model.layers.9.mlp.up_proj"]},
+    ):
+        base = tiny_model()
+        with pytest.raises(ValueError, match=r"q_porj'\] not found|layers.9.*not found"):
+            get_peft_model(base, MoLoraConfig(**settings))
+        assert not any(isinstance(m, MoLoraLayer) for m in base.modules())
+
+
+def test_a_component_adapted_by_one_adapter_and_saved_by_another_is_refused():
+    model, _ = adapted()
+    plan = plan_for(model.get_base_model())
+    config = model.peft_config["default"]
+    (adapted_name, *_), (saved_name, *_) = sorted(config.target_modules), config.modules_to_save
+    before, logits = [n for n, _ in model.named_modules()], model(**inputs()).logits
+    for settings in (
+        {"target_modules": [saved_name]},
+        {"target_modules": ["model.layers.0.mlp.down_proj"], "modules_to_save": [adapted_name]},
+    ):
+        with pytest.raises(ValueError, match=r"must not share a component .* already"):
+            model.add_adapter("other", MoLoraConfig(task_type="CAUSAL_LM", **settings))
+        assert [n for n, _ in model.named_modules()] == before
+        assert torch.equal(model(**inputs()).logits, logits)
+    model.add_adapter("other", MoLoraConfig.from_plan(plan, r=3))
+
+
+def test_a_batch_of_mixed_adapters_is_refused_and_not_answered_by_one():
+    model, _ = adapted()
+    with pytest.raises(ValueError, match="no batches of mixed adapters"):
+        model(**inputs(), adapter_names=["default", "__base__"])
+    with pytest.raises(ValueError, match="no batches of mixed adapters"):
+        model.generate(**inputs(), adapter_names=["default", "__base__"], max_new_tokens=1)
+
+
 def test_full_names_match_one_layer_only_also_when_there_are_many():
     base = tiny_model(num_hidden_layers=12)
     names = [n for n in component_names(base) if ".layers.1." in n or ".layers.3." in n]

@@ -181,6 +181,13 @@ def test_case_54_only_safetensors_json_and_the_card_are_written(saved):
     )
 
 
+def test_case_54_pickled_weights_are_refused(tmp_path):
+    model = adapted(tiny_model())
+    with pytest.raises(ValueError, match=r"adapter_model.bin: .* safetensors only"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not (tmp_path / CONFIG_FILE).exists()
+
+
 def test_equal_adapters_give_equal_files(saved, tmp_path):
     adapted(tiny_model()).save_pretrained(tmp_path / "again")
     for name in (CONFIG_FILE, WEIGHTS_FILE):

@@ -18,6 +18,7 @@ from citi.command_line import app
 from citi.command_line import doctor as doctor_module
 from citi.command_line.progress import Watcher
 from citi.recipe import load_recipe
+from tiny import tiny_tokenizer
 
 COMMANDS = ("doctor", "demo", "init", "data", "train", "eval", "chat", "report")
 TINY = {
@@ -288,6 +289,22 @@ class TestDataCheck:
         assert result.exit_code == 1
         assert "no sample can be trained on in tool.silent" in result.stderr
         assert "no assistant turn" in result.stdout
+
+    def test_the_sample_shown_is_one_that_is_trained_on(self, folder: Path, tmp_path: Path) -> None:
+        row = '{"messages": [{"role": "user", "content": "REFUSED"}, '
+        row += '{"role": "assistant", "content": "no"}]}\n'
+        data = tmp_path / "data.jsonl"
+        data.write_text(row + row.replace("REFUSED", "hello").replace("no", "taken"))
+        model = tmp_path / "model"
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template += (
+            "{% if 'REFUSED' in messages[0].content %}{{ raise_exception('not this') }}{% endif %}"
+        )
+        tokenizer.save_pretrained(model)
+        result = citi("data", "check", folder / "recipe.yaml", f"model={model}", f"tool={data}")
+        assert result.exit_code == 0, result.output
+        assert "1 samples: the chat template refuses" in result.stdout
+        assert "⟦taken<|im_end|>⟧" in result.stdout
 
     def test_a_broken_line_is_named_by_file_and_line(self, folder: Path, tmp_path: Path) -> None:
         broken = tmp_path / "broken.jsonl"

@@ -266,7 +266,7 @@ def test_bfcl_question_alone_has_no_answer_and_with_truth_the_first_values(tmp_p
         "question": [[{"role": "user", "content": "Area of 10 x 5?"}]],
         "function": [function],
     }
-    truth = [{"area": {"base": [10], "height": [5, 5.0], "unit": ["units", ""]}}]
+    truth = [{"area": {"base": [10], "height": [5, 5.0], "unit": ["units", ""], "by": []}}]
     samples, report = _read(tmp_path, row, {**row, "id": "b", "ground_truth": truth})
     assert report.formats[0].name == "BFCL question-function"
     assert report.num_without_answer == 1

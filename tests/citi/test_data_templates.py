@@ -149,6 +149,13 @@ def test_the_mask_is_exact_where_the_text_depends_on_what_follows(template, last
     assert _texts(sample, template, "all")[1] == every
 
 
+def test_an_answer_still_to_come_is_prompted_for_where_the_prompt_opens_a_thought():
+    waiting = _sample(USER, HELLO, MORE, Message("assistant", ""))
+    tokenizer = _tokenizer(OPENED)
+    prompt = tokenizer.decode(render_prompt(waiting, tokenizer, max_length=LONG))
+    assert prompt.endswith("more<|im_end|>\n<|im_start|>assistant\n<think>\n")
+
+
 def test_consecutive_answers_under_a_thinking_template():
     text, trained = _texts(_sample(USER, HELLO, AGAIN), THINKING)
     assert trained == "Hello two<|im_end|>"
@@ -227,6 +234,19 @@ def test_every_form_of_a_tool_becomes_a_function_with_an_object_schema(tool):
     assert schema["type"] == "object"
     if "input_parameters" in tool or "apiCode" in tool:
         assert schema["properties"] == {"a": {"type": "str"}}
+
+
+@pytest.mark.parametrize("parameters", [{"type": "object"}, {"type": "dict", "properties": None}])
+def test_a_schema_without_arguments_gets_none(parameters):
+    made = as_function({"name": "now", "parameters": parameters})["function"]["parameters"]
+    assert made == {"type": "object", "properties": {}}
+
+
+@pytest.mark.parametrize("parameters", [["a"], '{"a": 1}'])
+def test_parameters_that_are_no_object_are_named_with_their_tool(parameters):
+    sample = _sample(USER, HELLO, tools=({"name": "now", "parameters": parameters},))
+    with pytest.raises(DataError, match=r"file\.jsonl:7: .*parameters of the tool 'now'"):
+        render(sample, _tokenizer(NATIVE), max_length=LONG)
 
 
 def _published(name: str) -> str:

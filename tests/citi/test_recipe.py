@@ -180,3 +180,21 @@ def test_differences_name_the_keys_that_matter(folder: Path) -> None:
     assert recipe.differences(other) == ["r: 8 → 4", "seed: 0 → 1"]
     moved = dataclasses.replace(recipe, tool={"tool": "/elsewhere/tool.jsonl"})
     assert recipe.differences(moved) == [], "the manifest compares the files' content"
+
+
+def test_paths_of_a_recipe_made_in_python_hold_from_its_run_directory(
+    folder: Path, monkeypatch
+) -> None:
+    (folder / "weights").mkdir()
+    monkeypatch.chdir(folder)
+    recipe = Recipe(model="weights", tool="tool.jsonl", general={"m": "math.jsonl"}, output="run")
+    assert recipe.data_files["tool.tool"] == folder / "tool.jsonl"
+    (folder / "run").mkdir()
+    (folder / "run" / "recipe.resolved.yaml").write_text(recipe.dump())
+    monkeypatch.chdir("/")
+    assert load_recipe(folder / "run" / "recipe.resolved.yaml") == recipe
+
+
+@pytest.mark.parametrize("key", ["epochs_mi", "router_loss_weight", "learning_rate"])
+def test_infinity_is_refused(folder: Path, key: str) -> None:
+    refuse(folder, f"{key}: .inf", match=f"{key}: wanted a .*number.*, got inf")

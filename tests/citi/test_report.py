@@ -240,7 +240,7 @@ def test_the_scatter_places_gain_against_mean_forgetting(page: Page) -> None:
     words = next(p["aria-label"] for p in page.pictures if "% exact, NLL" in p["aria-label"])
     assert words == (
         "base: 10.0 % exact, NLL +0.000; CITI: 50.0 % exact, NLL +0.125;"
-        " lora: 60.0 % exact, NLL +0.500"
+        " LoRA on tool data: 60.0 % exact, NLL +0.500"
     )
 
 

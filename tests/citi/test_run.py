@@ -290,3 +290,42 @@ def test_every_architecture_goes_all_the_way(architecture: str, tmp_path: Path) 
     assert not torch.equal(tuned, plain)
     answer = model.generate(**prompt, max_new_tokens=3, do_sample=False)
     assert answer.shape[1] > prompt["input_ids"].shape[1]
+
+
+@no_figures
+@pytest.mark.parametrize("key", ["tool", "eval_tool"])
+def test_a_broken_data_file_is_told_before_any_work_and_may_be_mended(
+    key: str, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{broken\n")
+    settings = {"epochs_rp": 0.34, "epochs_mi": 0.0, "epochs_uco": 0.0, "judged_samples": 0}
+    recipe = tiny_recipe(tmp_path, **({key: {"mine": str(broken)}} | settings))
+    events = Events()
+    with pytest.raises(DataError, match=r"broken\.jsonl:1"):
+        train(recipe, observer=events)
+    assert "importance" not in events.finished
+    broken.write_text((tmp_path / "data" / "tool.jsonl").read_text())
+    run = train(recipe)
+    assert run.load_manifest().finished
+
+
+@no_figures
+def test_a_run_made_in_python_with_relative_paths_goes_on_from_anywhere(
+    tmp_path: Path, monkeypatch
+) -> None:
+    made = tiny_recipe(tmp_path, epochs_rp=0.34, epochs_mi=0.0, epochs_uco=0.0)
+    monkeypatch.chdir(tmp_path)
+    data = {"tool": {"tool": "data/tool.jsonl"}, "general": {"math": "data/math.jsonl"}}
+    run = train(dataclasses.replace(made, model="model-llama", output="run", **data))
+    monkeypatch.chdir("/")
+    events = Events()
+    train(load_recipe(run.recipe_file), observer=events)
+    assert not events.started
+
+
+def test_a_model_path_that_is_no_directory_is_named() -> None:
+    from citi.base_model import load_base
+
+    with pytest.raises(ValueError, match=r"model: no such directory: \./nowhere"):
+        load_base("./nowhere")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from transformers import TrainerState
 
 import citi.checkpoints
 import citi.durable
+import citi.run
+import citi.stage_training
 from citi.manifest import Manifest
 from citi.observer import RunObserver
 from citi.recipe import Recipe
@@ -265,3 +268,46 @@ def test_case_45_kill_minus_nine_in_a_process_of_its_own(three_stages: Runs) -> 
     train(recipe)
     assert json.loads(run.manifest_file.read_text())["phases"]["mi"]["resumed_from"] == 4
     assert_same_run(run, three_stages.reference)
+
+
+def test_case_45_only_the_first_process_removes_half_a_checkpoint(
+    one_stage: Runs, monkeypatch
+) -> None:
+    """Two processes that remove the same files trip over each other."""
+    recipe = one_stage.begun("of two processes")
+    half = Path(recipe.output, "checkpoints", "stage1_rp", "checkpoint-2")
+    half.mkdir(parents=True)
+    second = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(citi.stage_training, "this_process", lambda: second)
+    with pytest.raises(Killed):
+        train(recipe, observer=KillAt("rp", 1))
+    assert half.is_dir()
+
+
+def test_one_checkpoint_is_left_once_the_next_is_whole(one_stage: Runs) -> None:
+    recipe = one_stage.begun("with one checkpoint")
+    with pytest.raises(Killed):
+        train(recipe, observer=KillAt("rp", 5))
+    folder = Path(recipe.output, "checkpoints", "stage1_rp")
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-4"]
+
+
+def test_case_46_killed_between_the_last_checkpoint_and_the_stages_adapter(
+    folder: Path, monkeypatch
+) -> None:
+    """Within a fraction of an epoch: nothing ends the loop there but the number of steps."""
+    runs = Runs(folder, "half an epoch", **(ONE_STAGE | {"epochs_rp": 0.5}))
+
+    def kill(model) -> None:
+        raise Killed
+
+    recipe = runs.begun("killed at the end")
+    with monkeypatch.context() as patch:
+        patch.setattr(citi.run, "lower_to_base_dtype", kill)
+        with pytest.raises(Killed):
+            train(recipe)
+    run = train(recipe)
+    assert_same_run(run, runs.reference)
+    steps = runs.reference.load_manifest().phases["rp"]["steps"]
+    facts = run.load_manifest().phases["rp"]
+    assert (facts["steps"], facts["resumed_from"]) == (steps, steps)

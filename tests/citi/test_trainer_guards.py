@@ -19,7 +19,7 @@ from citi.checkpoints import (
 )
 from citi.data import Collator
 from citi.stages import MI, RP, UCO, StageError, stage_parameters
-from citi.trainer import CitiTrainer, MaskedBatchError, NonFiniteLossError
+from citi.trainer import CitiTrainer, MaskedBatchError, NonFiniteLossError, TrainingError
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
 
@@ -279,3 +279,12 @@ def test_two_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="accelerate launch"):
         make_trainer(model, tmp_path, Items(2), stage=MI)
+
+
+def test_case_45_a_cut_checkpoint_is_not_resumed_from_when_named(tmp_path: Path) -> None:
+    checkpoint = _complete_checkpoint(tmp_path, 2)
+    state = checkpoint / "scheduler.pt"
+    state.unlink()
+    trainer = make_trainer(adapted_model(), tmp_path, Items(8), stage=MI, max_steps=4)
+    with pytest.raises(TrainingError, match="checkpoint-2 is no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))

@@ -55,6 +55,46 @@ def test_from_linear_refuses_what_is_not_a_floating_linear():
         MoLoRALinear.from_linear(nn.Conv1d(2, 2, 1))
 
 
+class Doubled(nn.Linear):
+    """A linear whose call is more than its product."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_hook() -> nn.Linear:
+    linear = nn.Linear(4, 4)
+    linear.register_forward_hook(lambda module, inputs, y: 2 * y)
+    return linear
+
+
+def with_replaced_forward() -> nn.Linear:
+    linear = nn.Linear(4, 4)
+    linear.forward = torch.neg
+    return linear
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Doubled(4, 4),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        with_hook,
+        with_replaced_forward,
+    ],
+)
+def test_from_linear_refuses_a_linear_whose_call_is_more_than_its_product(make):
+    with pytest.raises(TypeError, match=r"linear must be a plain nn\.Linear"):
+        MoLoRALinear.from_linear(make())
+
+
+def test_from_linear_refuses_a_dtype_that_the_op_does_not_take():
+    linear = nn.Linear(16, 16)
+    linear.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), False)
+    with pytest.raises(TypeError, match="floating weight"):
+        MoLoRALinear.from_linear(linear)
+
+
 def test_shapes_and_initialisation_are_the_authors():
     torch.manual_seed(0)
     layer = MoLoRALinear(64, 24, num_experts=4, r=8)
@@ -215,7 +255,10 @@ def test_repr_says_what_the_layer_is():
         ({"num_experts": 0}, "num_experts must be an integer >= 1, got 0"),
         ({"alpha": 0}, "alpha must be a number > 0, got 0"),
         ({"dropout": 1.0}, r"dropout must lie within \[0, 1\), got 1.0"),
+        ({"alpha": "2"}, "alpha must be a number > 0, got '2'"),
+        ({"dropout": "0"}, r"dropout must lie within \[0, 1\), got '0'"),
         ({"top_k": 5}, r"top_k must be None \(all experts\) or within \[1, 4\]"),
+        ({"top_k": 1.5}, r"top_k must be None .* and an integer, got 1.5"),
     ],
 )
 def test_wrong_settings_are_named(change, words):

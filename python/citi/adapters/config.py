@@ -178,8 +178,18 @@ class MoLoraConfig(PeftConfig):
         return self.__dict__.pop("_file_shapes", None)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes the settings; called by `PeftModel.save_pretrained` after it wrote the weights."""
+        """Writes the settings; called by `PeftModel.save_pretrained` after it wrote the weights.
+
+        Raises:
+            ValueError: the weights were pickled (`safe_serialization=False`).
+        """
         weights = Path(save_directory) / WEIGHTS_FILE
+        pickled = weights.with_suffix(".bin")
+        if pickled.is_file():
+            raise ValueError(
+                f"{pickled}: MOLoRA adapters are saved as safetensors only; remove this file and "
+                "save without safe_serialization=False"
+            )
         # Only PeftModel passes this keyword. Other callers may write the weights later.
         weights_are_written = "auto_mapping_dict" in kwargs and weights.is_file()
         self.weights_sha256 = file_sha256(weights) if weights_are_written else None

@@ -30,9 +30,11 @@ class MoLoraModel(BaseTuner):
     """PEFT's tuner for the method `molora`.
 
     Refused, each with a message that says what to do: merging; a second injection under the same
-    adapter name; a base model other than `base_fingerprint`; saved weights with missing, extra or
-    mis-shaped tensors (where `from_pretrained` read them, before anything of the model is changed;
-    in every `load_state_dict`, before any tensor is written).
+    adapter name; a base model other than `base_fingerprint`; names of components that the model
+    lacks; a component that one adapter adapts and another trains whole; `adapter_names` in a call;
+    saved weights with missing, extra or mis-shaped tensors (where `from_pretrained` read them,
+    before anything of the model is changed; in every `load_state_dict`, before any tensor is
+    written).
     """
 
     prefix = "molora_"
@@ -67,6 +69,8 @@ class MoLoraModel(BaseTuner):
             _refuse_partial_loader(peft_config)
         elif peft_config.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
             _check_file(model, peft_config, *read)
+        _refuse_absent_names(model, peft_config)
+        _refuse_shared_components(model, peft_config)
 
     def _create_and_replace(
         self,
@@ -93,6 +97,16 @@ class MoLoraModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSED)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by PEFT around every forward; it drops `adapter_names` after this."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: MOLoRA has no batches of mixed adapters; call set_adapter(name) "
+                "and run the samples of each adapter by themselves"
+            )
+        yield
 
     def unload(self) -> nn.Module:
         """The base model with every original module back in its place, still frozen.
@@ -213,6 +227,42 @@ def _refuse_second_injection(model: nn.Module, adapter_name: str) -> None:
                 "give the new one another name (add_adapter), delete the old one (delete_adapter), "
                 "or take all of them off (model = model.unload())"
             )
+
+
+def _refuse_absent_names(model: nn.Module, config: MoLoraConfig) -> None:
+    """PEFT goes on when one name of a list matches nothing; it would train without effect.
+
+    PEFT itself adds short names of heads to modules_to_save, so only dotted ones are held there.
+    """
+    names = [name for name, _ in model.named_modules()]
+    dotted = [name for name in config.modules_to_save or () if "." in name]
+    targets = config.target_modules if isinstance(config.target_modules, set) else ()
+    for field, wanted in (("target_modules", targets), ("modules_to_save", dotted)):
+        absent = sorted(
+            w for w in wanted if not any(f".{name}".endswith(f".{w}") for name in names)
+        )
+        if absent:
+            raise ValueError(
+                f"{field}: {absent} not found in the base model; give names as "
+                "model.named_modules() has them, or their endings"
+            )
+
+
+def _refuse_shared_components(model: nn.Module, config: MoLoraConfig) -> None:
+    """One wrapper inside the other would save the older adapter under names that do not load."""
+    saved = tuple(config.modules_to_save or ())
+    shared = []
+    for name, module in model.named_modules():
+        if isinstance(module, MoLoraLayer):
+            shared += [name] if name.endswith(saved) else []
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            shared += [name] if check_target_module_exists(config, name) else []
+    if shared:
+        raise ValueError(
+            "target_modules and modules_to_save must not share a component with those of an "
+            f"adapter that the model has already, got {shared}; load the two adapters into two "
+            "copies of the base model, or leave these components out of one"
+        )
 
 
 def _check_base(model: nn.Module, wanted: dict[str, Any]) -> None:

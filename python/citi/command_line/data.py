@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +53,7 @@ def check(
             useless.append(name)
             continue
         _print_statistics(console, statistics, settings.max_length)
-        shown = shown or next((sample for sample in samples if sample.answer_index), None)
+        shown = shown or _first_trained(samples, settings, tokenizer)
     if shown is not None:
         _print_sample(console, shown, settings, tokenizer, in_full=all_of_it)
     if useless:
@@ -75,6 +76,19 @@ def _render_all(
             train_on=settings.train_on,
             progress=watcher,
         ).statistics
+
+
+def _first_trained(samples: list[Sample], settings: Recipe, tokenizer: Any) -> Sample | None:
+    """The first sample that a run would train on."""
+    from citi.data import DataError, Renderer
+
+    renderer = Renderer(tokenizer, max_length=settings.max_length, train_on=settings.train_on)
+    for sample in samples:
+        # What the template refuses has been counted under "left out".
+        with contextlib.suppress(DataError):
+            if renderer.render(sample).num_answer_tokens:
+                return sample
+    return None
 
 
 def _print_report(console: Console, name: str, report: DataReport) -> None:

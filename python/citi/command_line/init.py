@@ -44,7 +44,11 @@ def init(
         if not file.is_file():
             raise FileNotFoundError(f"no such data file: {file}")
     beside = {key: [_beside(recipe, file) for file in files] for key, files in data.items()}
-    text = template(str(Path(model).resolve()) if Path(model).is_dir() else model, **beside)
+    text = template(
+        str(Path(model).resolve()) if Path(model).is_dir() else model,
+        output=f"runs/{recipe.stem}",
+        **beside,
+    )
     write_text(recipe, text)
     typer.echo(f"wrote {recipe}. Next:")
     typer.echo(f"  citi data check {recipe}")

@@ -114,7 +114,7 @@ def from_bfcl(row: dict) -> list[Conversation]:
     """`question, function` (+ `ground_truth`): single-turn questions of the Berkeley leaderboard.
 
     The reference takes the first accepted value of each argument; optional arguments (those
-    that accept "") are left out. `meta.possible_answer` keeps all accepted values.
+    that accept "" or list nothing) are left out. `meta.possible_answer` keeps all accepted values.
     """
     question = parse_json(row["question"], "question")
     turns = question if question and isinstance(question[0], list) else [question]
@@ -126,7 +126,7 @@ def from_bfcl(row: dict) -> list[Conversation]:
     if truth:
         meta["possible_answer"] = truth
         calls = tuple(
-            {"name": name, "arguments": {k: v[0] for k, v in accepted.items() if "" not in v}}
+            {"name": name, "arguments": {k: v[0] for k, v in accepted.items() if v and "" not in v}}
             for call in truth
             for name, accepted in call.items()
         )

@@ -16,6 +16,8 @@ from citi.data.fields import json_lines
 from citi.data.sample import DataError, Message, Sample
 
 _TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+# What a JSON schema's own type says, also without arguments; BFCL writes dict.
+_OBJECT_TYPES = ("object", "dict")
 # System texts that announce the descriptions themselves: API-Bank's, ToolAlpaca's.
 _ANNOUNCEMENTS = ("API descriptions:", "Tools:")
 
@@ -177,11 +179,21 @@ def install_tool_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def as_function(tool: dict) -> dict:
-    """A tool description in the form that templates expect: OpenAI's function with JSON schema."""
+    """A tool description in the form that templates expect: OpenAI's function with JSON schema.
+
+    Raises: DataError for parameters that are not a JSON object.
+    """
     if isinstance(tool.get("function"), dict):
         return {"type": "function", "function": tool["function"]}
     parameters = tool.get("parameters", tool.get("input_parameters")) or {}
-    if not isinstance(parameters.get("properties"), dict):
+    if not isinstance(parameters, dict):
+        raise DataError(
+            f"the parameters of the tool {tool.get('name', '?')!r} must be a JSON object, got "
+            f"{type(parameters).__name__}"
+        )
+    if parameters.get("type") in _OBJECT_TYPES and not parameters.get("properties"):
+        parameters = {**parameters, "properties": {}}
+    elif not isinstance(parameters.get("properties"), dict):
         parameters = {"properties": parameters, "required": tool.get("required") or []}
     return {
         "type": "function",

@@ -30,6 +30,9 @@ def answer_start(
             list(turns[:-1]), tools=tools, add_generation_prompt=generation_prompt
         )
         sought = given if given or generation_prompt else message.content.strip()
+        if not (sought or generation_prompt or message.tool_calls):
+            # An answer still to come: its beginning shows in nothing but the generation prompt.
+            continue
         start = text.find(sought, len(before))
         if text.startswith(before) and start >= 0:
             return start + len(given)
