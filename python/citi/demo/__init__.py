@@ -67,7 +67,7 @@ def demo_recipe(*, quick: bool, output: Path) -> Recipe:
         batch_size=1,  # short general samples would else be padded to the length of tool samples
         gradient_accumulation=4,
         max_new_tokens=64,
-        eval_batch_size=32,
+        eval_batch_size=16,
         save_steps=20,
     )
 
