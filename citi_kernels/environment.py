@@ -1,6 +1,7 @@
 """The one place that reads environment variables, once, when the package is imported.
 
-CITI_BACKEND  name of the backend every op must use (see `citi_kernels.backends`); empty: no choice.
+CITI_BACKEND      the backend every op must use (see `citi_kernels.backends`); empty: no choice.
+TRITON_INTERPRET  1: Triton interprets its kernels, so the backend "triton" runs on the CPU.
 """
 
 from __future__ import annotations
@@ -8,3 +9,4 @@ from __future__ import annotations
 import os
 
 BACKEND: str | None = os.environ.get("CITI_BACKEND") or None
+INTERPRETS: bool = os.environ.get("TRITON_INTERPRET") == "1"

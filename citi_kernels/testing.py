@@ -189,7 +189,7 @@ def random_case(
     weight: bool = True,
     bias: bool = True,
     num_segments: int | None = 3,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     seed: int = 0,
     **options: Any,
 ) -> MoLoRACase:
@@ -205,14 +205,15 @@ def random_case(
         parameter_dtype: of a, b and router. Default: dtype.
         weight, bias: whether there is one.
         num_segments: B, tokens spread over them and one in eight in none; None: no segment_ids.
-        device: where the tensors go; they are drawn on the CPU.
+        device: where the tensors go; they are drawn on the CPU. Default: PyTorch's default.
         seed: of the draw.
         options: more keyword arguments of `molora_linear`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = torch.get_default_device() if device is None else device
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=generator) * scale
+        return torch.randn(shape, generator=generator, device="cpu") * scale
 
     parameter_dtype = parameter_dtype or dtype
     rank = num_experts * r
@@ -221,8 +222,9 @@ def random_case(
     options = {"num_experts": num_experts, "scaling": 2.0 / r, **options}
     dgate_sums = None
     if num_segments is not None:
-        ids = torch.randint(0, max(num_segments, 1), (num_tokens,), generator=generator)
-        ids[torch.randint(0, 8, (num_tokens,), generator=generator) == 0] = -1
+        on_cpu = {"generator": generator, "device": "cpu"}
+        ids = torch.randint(0, max(num_segments, 1), (num_tokens,), **on_cpu)
+        ids[torch.randint(0, 8, (num_tokens,), **on_cpu) == 0] = -1
         options |= {"segment_ids": ids.to(device), "num_segments": num_segments}
         wide = definition.gate_dtype(dtype)
         dgate_sums = draw(num_segments, num_experts + 1).to(device, wide)

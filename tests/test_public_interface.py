@@ -25,7 +25,8 @@ def _fields(kind: type) -> list[str]:
 
 
 def _interface() -> dict[str, object]:
-    ops = ("molora_linear", "molora_linear_backward")
+    names = ("molora_linear", "molora_linear_group")
+    ops = [name for each in names for name in (each, f"{each}_backward")]
     return {
         "version": citi.__version__,
         "citi_kernels": sorted(citi_kernels.__all__),

@@ -6,9 +6,10 @@ Legend: K in-features, N out-features, E experts, r rank, R = E * r, G = E + 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from citi_kernels.layers.routing import RoutingContext
 from citi_kernels.ops.molora_linear import molora_linear
 from citi_kernels.ops.molora_linear_checks import FLOATING
+from citi_kernels.ops.molora_linear_group import molora_linear_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,10 @@ class MoLoRASettings:
     def scaling(self) -> float:
         """alpha / r, the factor of the update."""
         return self.alpha / self.r
+
+    def drops(self, training: bool) -> bool:
+        """Whether inputs of the experts are dropped."""
+        return training and self.dropout > 0
 
 
 class MoLoRALinear(nn.Module):
@@ -217,6 +223,7 @@ def apply_molora(
     settings: MoLoRASettings,
     key: Hashable,
     training: bool,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """The op with what a layer adds: dropout while training, and the active routing context.
 
@@ -225,31 +232,62 @@ def apply_molora(
         settings: of the layer.
         key: under which the routing context records this call's gate sums.
         training: whether the layer is in training mode.
+        dropout_seed: of this call; None draws one where the layer drops.
 
     Returns:
         (..., N) output, or the update alone where `weight` is None.
     """
-    drops = training and settings.dropout > 0
-    context = RoutingContext.active()
+    options = _options(x, settings, training)
+    if settings.drops(training) and dropout_seed is None:
+        dropout_seed = draw_seed()
     y, gate_sums = molora_linear(
-        x,
-        weight,
-        bias,
-        a,
-        b,
-        router,
-        num_experts=settings.num_experts,
-        scaling=settings.scaling,
-        top_k=settings.top_k,
-        renormalize=settings.renormalize,
-        segment_ids=None if context is None else context.segment_ids_for(x, training=training),
-        num_segments=None if context is None else context.num_segments,
-        dropout_p=settings.dropout if drops else 0.0,
-        dropout_seed=_draw_seed() if drops else None,
+        x, weight, bias, a, b, router, **options, dropout_seed=dropout_seed
     )
+    context = RoutingContext.active()
     if context is not None:
         context.record(key, gate_sums)
     return y
+
+
+def apply_molora_group(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    routers: Sequence[Tensor],
+    *,
+    settings: MoLoRASettings,
+    training: bool,
+    dropout_seeds: Sequence[Tensor] | None,
+) -> list[tuple[Tensor, Tensor | None]]:
+    """`apply_molora` of several layers with the same settings; nothing is recorded.
+
+    Args:
+        x, weights, biases, a, b, routers: as for `citi_kernels.molora_linear_group`.
+        settings, training: of all layers.
+        dropout_seeds: one for each layer, where they drop; otherwise None.
+
+    Returns:
+        each layer's output, and its gate sums for the active routing context (None outside one).
+    """
+    options = _options(x, settings, training)
+    return molora_linear_group(
+        x, weights, biases, a, b, routers, **options, dropout_seeds=dropout_seeds
+    )
+
+
+def _options(x: Tensor, settings: MoLoRASettings, training: bool) -> dict[str, Any]:
+    context = RoutingContext.active()
+    return {
+        "num_experts": settings.num_experts,
+        "scaling": settings.scaling,
+        "top_k": settings.top_k,
+        "renormalize": settings.renormalize,
+        "segment_ids": None if context is None else context.segment_ids_for(x, training=training),
+        "num_segments": None if context is None else context.num_segments,
+        "dropout_p": settings.dropout if settings.drops(training) else 0.0,
+    }
 
 
 def adapter_shapes(
@@ -293,6 +331,13 @@ def _is_plain(linear: nn.Linear) -> bool:
     return is_parameter and not has_own_forward and not any(hooks)
 
 
-def _draw_seed() -> Tensor:
+def draw_seed(generator: torch.Generator | None = None) -> Tensor:
     """0-d int64 on the CPU, from the default generator: checkpointing restores that one."""
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu", generator=generator)
+
+
+def next_seeds(count: int) -> list[Tensor]:
+    """What the next calls of `draw_seed` will give; the default generator stays as it is."""
+    generator = torch.Generator("cpu")
+    generator.set_state(torch.get_rng_state())
+    return [draw_seed(generator) for _ in range(count)]

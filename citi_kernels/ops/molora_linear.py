@@ -15,13 +15,20 @@ import torch
 from torch import Tensor
 
 from citi_kernels import backends
-from citi_kernels.ops import molora_linear_reference, molora_linear_torch
+from citi_kernels.ops import (
+    molora_linear_reference,
+    molora_linear_torch,
+    molora_linear_triton,
+)
 from citi_kernels.ops.molora_linear_checks import check, check_values, flat_segment_ids
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
 from citi_kernels.ops.molora_linear_reference import gate_dtype, molora_linear_ref
 
 backends.register("molora_linear", "reference", molora_linear_reference)
 backends.register("molora_linear", "torch", molora_linear_torch)
+backends.register(
+    "molora_linear", "triton", molora_linear_triton, refuses=molora_linear_triton.refuses
+)
 
 
 def molora_linear(
@@ -82,9 +89,9 @@ def molora_linear(
     """
     if segment_ids is not None and num_segments is None:
         raise ValueError("molora_linear: num_segments: want the number of segments, got None")
-    if _autocast_is_on(x):
+    if autocast_is_on(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (_autocast(tensor, dtype) for tensor in (x, weight, bias))
+        x, weight, bias = (as_autocast(tensor, dtype) for tensor in (x, weight, bias))
     if x.dim() == 0:
         raise ValueError("molora_linear: x: want (..., K), got a tensor without dimensions")
     shape, x_TK = x.shape, x.reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -106,7 +113,7 @@ def _reference(
 ) -> tuple[Tensor, Tensor | None]:
     check(Operands(*operands), settings)
     check_values(settings)
-    with _without_autocast(operands[0]):
+    with without_autocast(operands[0]):
         y_TN, gate_sums_BG = molora_linear_ref(
             *operands,
             num_experts=settings.num_experts,
@@ -139,7 +146,7 @@ def _molora_linear(
     dropout_seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y (T, N), h (R, T), probs (G, T), kept (E, T), gate_sums (B, G)); x (T, K).
+    """(y (T, N), the backend's `Saved`: h, probs, kept, and gate_sums (B, G)); x (T, K).
 
     What does not exist is empty: kept (0,) without top_k, gate_sums (0,) without segment_ids.
     """
@@ -157,12 +164,16 @@ def _molora_linear(
     check(operands, settings)
     check_values(settings)
     run = backends.find("molora_linear", backend)
-    with _without_autocast(x):
+    with without_autocast(x):
         y_TN, saved, gate_sums_BG = run.forward(operands, settings)
-    kept_TE = x.new_empty(0, dtype=torch.bool) if saved.kept is None else saved.kept
     if gate_sums_BG is None:
         gate_sums_BG = saved.probs.new_empty(0)
-    return y_TN, saved.h, saved.probs, kept_TE, gate_sums_BG
+    return y_TN, *_as_outputs(saved), gate_sums_BG
+
+
+def _as_outputs(saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    kept = saved.h.new_empty(0, dtype=torch.bool) if saved.kept is None else saved.kept
+    return saved.h, saved.probs, kept
 
 
 @_molora_linear.register_fake
@@ -175,18 +186,15 @@ def _(
     router: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    settings = Settings(*rest[:-1])
+    *rest, backend = rest
+    settings = Settings(*rest)
     check(Operands(x, weight, bias, a, b, router), settings)
-    num_tokens, num_gates, wide = x.shape[0], settings.num_experts + 1, gate_dtype(x.dtype)
-    kept_shape = (settings.num_experts, num_tokens) if settings.is_sparse else (0,)
-    sums_shape = (0,) if settings.segment_ids is None else (settings.num_segments, num_gates)
-    return (
-        x.new_empty(num_tokens, b.shape[0]),
-        x.new_empty(a.shape[0], num_tokens),
-        x.new_empty(num_gates, num_tokens, dtype=wide),
-        x.new_empty(kept_shape, dtype=torch.bool),
-        x.new_empty(sums_shape, dtype=wide),
-    )
+    saved = backends.find("molora_linear", backend).empty_saved(x, a, settings)
+    sums_shape = (0,)
+    if settings.segment_ids is not None:
+        sums_shape = (settings.num_segments, settings.num_experts + 1)
+    gate_sums = x.new_empty(sums_shape, dtype=gate_dtype(x.dtype))
+    return x.new_empty(x.shape[0], b.shape[0]), *_as_outputs(saved), gate_sums
 
 
 @torch.library.custom_op("citi::molora_linear_backward", mutates_args=())
@@ -226,7 +234,7 @@ def _molora_linear_backward(
     saved = Saved(h, probs, kept if settings.is_sparse else None)
     operands = Operands(x, weight, None, a, b, router)
     run = backends.find("molora_linear", backend)
-    with _without_autocast(h):
+    with without_autocast(h):
         gradients = run.backward(dy, dgate_sums, operands, saved, settings, Needs(*needs))
     dtypes = (h.dtype, h.dtype, h.dtype, a.dtype, b.dtype, router.dtype)
     return tuple(
@@ -250,7 +258,9 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     num_in, num_out, needs = a.shape[1], b.shape[0], rest[-2]
-    shapes = ((h.shape[1], num_in), (num_out, num_in), (num_out,), a.shape, b.shape, router.shape)
+    segment_ids = rest[-6]
+    num_tokens = next(each.shape[0] for each in (dy, x, segment_ids) if each is not None)
+    shapes = ((num_tokens, num_in), (num_out, num_in), (num_out,), a.shape, b.shape, router.shape)
     dtypes = (h.dtype, h.dtype, h.dtype, a.dtype, b.dtype, router.dtype)
     return tuple(
         h.new_empty(shape, dtype=dtype) if need else h.new_empty(0)
@@ -294,20 +304,20 @@ def _backward(
 _molora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _autocast_is_on(x: Tensor) -> bool:
+def autocast_is_on(x: Tensor) -> bool:
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def as_autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """As autocast treats an argument of F.linear: fp64 and integers stay."""
     if tensor is None or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return tensor
     return tensor.to(dtype)
 
 
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Autocast does not see into an op: the fp32 products of the router must stay fp32."""
-    if not _autocast_is_on(x):
+    if not autocast_is_on(x):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

@@ -4,6 +4,7 @@ A backend is any object with
 
     forward(operands, settings) -> (y_TN, Saved, gate_sums_BG or None)
     backward(dy_TN, dgate_sums_BG, operands, saved, settings, needs) -> Operands of gradients
+    empty_saved(x_TK, a_RK, settings) -> Saved, unfilled: what its forward will give (for tracing)
 
 It gets checked arguments of any strides, writes to none of them, and returns tensors that alias
 none of them. `Saved` is contiguous; gradients have any dtype and strides.
@@ -59,8 +60,11 @@ class Settings(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward leaves for the backward besides its operands: rank-sized, tokens last."""
+    """What the forward leaves for the backward besides its operands: rank-sized, no (T, N).
 
-    h: Tensor  # (R, T) x's dtype; 0 where the expert was dropped
-    probs: Tensor  # (G, T) fp32; fp64 for fp64 x
-    kept: Tensor | None  # (E, T) bool; None where every expert is kept
+    Shapes are the backend's own affair (`empty_saved`); no other code reads them.
+    """
+
+    h: Tensor  # a x, in x's dtype
+    probs: Tensor  # probabilities of the gates, fp32; fp64 for fp64 x
+    kept: Tensor | None  # which experts each token keeps; None where all are kept

@@ -126,11 +126,55 @@ def dropout_scale(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """1 / (1 - p) where an input is kept, 0 where it is dropped.
+    """1 / (1 - p) where an input is kept, 0 where it is dropped; see `dropout_keeps`."""
+    kept_TK = dropout_keeps(shape, dropout_p, dropout_seed, device=device)
+    return kept_TK.to(dtype).mul_(1 / (1 - dropout_p))
 
-    The pattern depends on the shape, the device and the seed alone, not on the dtype.
+
+def dropout_keeps(
+    shape: tuple[int, int], dropout_p: float, dropout_seed: Tensor, *, device: torch.device
+) -> Tensor:
+    """(T, K) bool, whether x[t, k] is kept: a hash of (seed, t, k), so that no mask is ever stored.
+
+        row[t]  = hash(hash(t ^ seed_low) ^ seed_high)                           all in uint32
+        kept    = hash(row[t] + k * 0x9E3779B9) >= p * 2**32
+
+    The same on every backend, device and dtype; the mask of a token depends on its index t alone.
     """
-    generator = torch.Generator(device).manual_seed(int(dropout_seed))
-    kept = torch.empty(shape, dtype=torch.bool, device=device)
-    kept.bernoulli_(1 - dropout_p, generator=generator)
-    return kept.to(dtype).mul_(1 / (1 - dropout_p))
+    seed = int(dropout_seed)
+    num_tokens, num_in = shape
+    t_T = torch.arange(num_tokens, device=device)
+    row_T = _hash32_(_hash32_(t_T.to(torch.int32) ^ _int32(seed)) ^ _int32(seed >> 32))
+    k_K = torch.arange(num_in, device=device).to(torch.int32) * _int32(0x9E3779B9)
+    kept_TK = torch.empty(shape, dtype=torch.bool, device=device)
+    # int32 compares signed: flipping the top bit of both sides keeps the order of uint32
+    least = _int32(dropout_threshold(dropout_p) ^ 2**31)
+    # block by block, so that the passes of the hash stay in the cache
+    for block in range(0, num_tokens, _HASHED_ROWS):
+        rows = slice(block, block + _HASHED_ROWS)
+        bits = _hash32_(row_T[rows, None] + k_K)
+        torch.ge(bits.bitwise_xor_(-(2**31)), least, out=kept_TK[rows])
+    return kept_TK
+
+
+_HASHED_ROWS = 64
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """An input is kept where its hash, a uint32, is at least this."""
+    return min(int(dropout_p * 2**32), 2**32 - 1)
+
+
+def _hash32_(x: Tensor) -> Tensor:
+    """The bijection "lowbias32" of uint32, in place on int32, whose products wrap alike."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
+        # >> of int32 copies the sign into the top bits; masking them makes it the shift of uint32
+        x ^= (x >> shift) & (2 ** (32 - shift) - 1)
+        if factor is not None:
+            x *= _int32(factor)
+    return x
+
+
+def _int32(bits: int) -> int:
+    """The low 32 bits, as the int32 that has them."""
+    return (bits + 2**31) % 2**32 - 2**31

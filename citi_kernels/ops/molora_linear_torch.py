@@ -52,6 +52,20 @@ def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tens
     return y_TN, saved, gate_sums_BG
 
 
+def empty_saved(x_TK: Tensor, a_RK: Tensor, settings: Settings) -> Saved:
+    """h (R, T), 0 where the expert was dropped; probs (G, T); kept (E, T) bool."""
+    num_tokens, num_experts = x_TK.shape[0], settings.num_experts
+    kept_ET = None
+    if settings.is_sparse:
+        kept_ET = x_TK.new_empty(num_experts, num_tokens, dtype=torch.bool)
+    wide = definition.gate_dtype(x_TK.dtype)
+    return Saved(
+        h=x_TK.new_empty(a_RK.shape[0], num_tokens),
+        probs=x_TK.new_empty(num_experts + 1, num_tokens, dtype=wide),
+        kept=kept_ET,
+    )
+
+
 def backward(
     dy_TN: Tensor | None,
     dgate_sums_BG: Tensor | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -53,10 +54,40 @@ def test_an_unknown_name_lists_the_names() -> None:
         use_backend("tritom")
 
 
-@pytest.mark.parametrize("name", ["native", "triton", "cuda"])
+@pytest.mark.parametrize("name", ["native", "cuda"])
 def test_a_backend_no_op_has_is_refused_with_the_reason(name: str) -> None:
     with pytest.raises(RuntimeError, match=f"no {name} implementation of citi::molora_linear"):
         use_backend(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_without_a_gpu_is_refused_with_the_reason() -> None:
+    with pytest.raises(RuntimeError, match=r"triton is not installed|is_available\(\) is False"):
+        use_backend("triton")
+
+
+def test_triton_refuses_fp64_and_names_what_it_takes() -> None:
+    refuses = backends._registry["molora_linear"]["triton"].refuses
+    assert refuses(torch.ones(1, 1)) is refuses(torch.ones(1, 1).bfloat16()) is None
+    assert "fp32, bf16 and fp16, got torch.float64" in refuses(torch.ones(1, 1).double())
+
+
+def test_the_interpreter_lets_triton_run_on_the_cpu_but_only_when_asked() -> None:
+    pytest.importorskip("triton")
+    code = """
+        import torch
+        from citi_kernels import backends, use_backend
+
+        x = torch.ones(2, 3)
+        print(backends.choose("molora_linear", x), end=" ")
+        with use_backend("triton"):
+            print(backends.choose("molora_linear", x))
+    """
+    environ = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environ
+    )
+    assert result.stdout.strip() == "torch triton", result.stderr
 
 
 def test_explain_gives_every_backend_with_a_reason_where_it_cannot_run() -> None:

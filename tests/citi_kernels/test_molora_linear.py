@@ -13,7 +13,7 @@ from citi_kernels import molora_linear, molora_linear_ref, use_backend
 from citi_kernels.testing import check_molora_linear, evaluate, random_case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SEED = torch.tensor(7)
+SEED = torch.tensor(7, device="cpu")
 OPTIONS = {
     "dense": {},
     "top_k": {"top_k": 2},
@@ -226,7 +226,10 @@ def test_dropout_touches_the_experts_alone_and_follows_its_seed() -> None:
     clean = molora_linear(*case.operands, **case.options)
     runs = []
     for seed in (1, 1, 2):
-        options = case.options | {"dropout_p": 0.5, "dropout_seed": torch.tensor(seed)}
+        options = case.options | {
+            "dropout_p": 0.5,
+            "dropout_seed": torch.tensor(seed, device="cpu"),
+        }
         runs.append(molora_linear(*case.operands, **options))
     assert torch.equal(runs[0][0], runs[1][0])
     assert not torch.equal(runs[0][0], runs[2][0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import resource
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
 
-from citi_kernels import molora_linear, molora_linear_ref
+from citi_kernels import environment, molora_linear, molora_linear_ref
 from citi_kernels.testing import OPERANDS, MoLoRACase, evaluate, random_case
+from under_test import BACKEND, DEVICE, REPEATS, WIDEST, assert_equal_to_rounding
 
-SEED = torch.tensor(7)
+SEED = torch.tensor(7, device="cpu")
 OPTIONS = {
     "dense": {},
     "top_k": {"top_k": 2},
@@ -88,6 +90,8 @@ def test_saved_for_backward_is_the_algebra_to_the_byte(
     x_bytes = 2 * num_tokens * num_in if saves_x else 0
     h_bytes, probs_bytes = 2 * num_tokens * rank, 4 * num_tokens * (num_experts + 1)
     kept_bytes = num_tokens * num_experts if top_k else 0
+    if BACKEND == "triton":  # the sign of a probability says whether its expert is kept
+        kept_bytes = 0
     assert saved_bytes(case, trained) == x_bytes + h_bytes + probs_bytes + kept_bytes, stage
 
 
@@ -107,7 +111,7 @@ def test_saved_activations_against_the_expert_loop_hold_the_gate(num_out: int, g
 
 def test_case_23_every_subset_of_requires_grad_gives_the_same_gradients() -> None:
     for options in OPTIONS.values():
-        case = random_case(7, 6, 5, num_experts=3, r=2, **options).to(torch.float64)
+        case = random_case(7, 6, 5, num_experts=3, r=2, **options).to(WIDEST)
         expected = evaluate(molora_linear, case)
         present = [name for name in OPERANDS if getattr(case, name) is not None]
         subsets = itertools.chain.from_iterable(
@@ -127,7 +131,7 @@ def check_subset(case: MoLoRACase, subset: tuple[str, ...], expected: dict[str, 
     incoming = [case.dy, case.dgate_sums][: len(outputs)]
     torch.autograd.backward(outputs, incoming)
     for name in subset:
-        torch.testing.assert_close(leaves[name].grad, expected[f"d{name}"])
+        assert_equal_to_rounding(leaves[name].grad, expected[f"d{name}"])
 
 
 @each_option
@@ -144,7 +148,7 @@ def test_case_23_no_grad_builds_no_graph_and_gives_the_same_values(options: dict
 
 @each_option
 def test_case_23_two_calls_in_one_graph_add_their_gradients(options: dict) -> None:
-    case = random_case(7, 16, 16, **options).to(torch.float64)
+    case = random_case(7, 16, 16, **options).to(WIDEST)
 
     def twice(x: Tensor, *others: Tensor, **options: object) -> tuple[Tensor, Tensor | None]:
         y, first = molora_linear(x, *others, **options)
@@ -158,13 +162,13 @@ def test_case_23_two_calls_in_one_graph_add_their_gradients(options: dict) -> No
 
     ours, truth = evaluate(twice, case), evaluate(twice_ref, case)
     for name in truth:
-        torch.testing.assert_close(ours[name], truth[name])
+        assert_equal_to_rounding(ours[name], truth[name])
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"weight": False}])
 @pytest.mark.parametrize("output", [0, 1], ids=["y", "gate_sums"])
 def test_either_output_alone_may_be_in_the_loss(output: int, options: dict) -> None:
-    case = random_case(7, 16, 12, **options).to(torch.float64)
+    case = random_case(7, 16, 12, **options).to(WIDEST)
     incoming = (case.dy, case.dgate_sums)[output]
     gradients = []
     for function in (molora_linear, molora_linear_ref):
@@ -172,9 +176,10 @@ def test_either_output_alone_may_be_in_the_loss(output: int, options: dict) -> N
         out = function(x, case.weight, case.bias, case.a, case.b, router, **case.options)[output]
         gradients.append(torch.autograd.grad(out, [x, router], incoming))
     for ours, truth in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, truth)
+        assert_equal_to_rounding(ours, truth)
 
 
+@pytest.mark.skipif(torch.float64 != WIDEST, reason="this backend refuses fp64")
 @each_option
 def test_gradcheck_in_fp64(options: dict) -> None:
     case = random_case(4, 5, 3, num_experts=3, r=2, **options).to(torch.float64)
@@ -231,7 +236,7 @@ def test_case_22_opcheck(options: dict) -> None:
     names = ("num_experts", "scaling", *defaults)
     torch.library.opcheck(
         torch.ops.citi.molora_linear.default,
-        (*leaves, *(given[name] for name in names), "torch"),
+        (*leaves, *(given[name] for name in names), BACKEND),
     )
 
 
@@ -275,7 +280,7 @@ def test_case_22_compiles_under_autocast() -> None:
     case = random_case(9, 16, 12)
 
     def under_autocast(*operands: Tensor, **options: object) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             return molora_linear(*operands, **options)
 
     compiled = torch.compile(under_autocast, fullgraph=True, backend="aot_eager")
@@ -288,7 +293,8 @@ def test_case_22_compiles_under_autocast() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}], ids=["dense", "top_k"])
 def test_case_26_steps_do_not_hold_on_to_memory(options: dict) -> None:
-    case = random_case(256, 256, 256, **options)  # 256 KB a tensor of (T, K) or (T, N)
+    # 256 KB a tensor of (T, K) or (T, N)
+    case = random_case(16 if environment.INTERPRETS else 256, 256, 256, **options)
 
     def live() -> int:
         gc.collect()
@@ -297,7 +303,7 @@ def test_case_26_steps_do_not_hold_on_to_memory(options: dict) -> None:
     for _ in range(5):
         evaluate(molora_linear, case)
     tensors, peak = live(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(200):
+    for _ in range(REPEATS):
         evaluate(molora_linear, case)
     assert live() <= tensors
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024
@@ -325,8 +331,13 @@ def test_case_27_imports_and_runs_on_pytorch_alone() -> None:
         torch.testing.assert_close(y, y_ref)
         print(sorted({name.split(".")[0] for name in sys.modules} & set(Blocker.names)))
     """
+    chosen = ("CITI_BACKEND", "TRITON_INTERPRET")
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={name: value for name, value in os.environ.items() if name not in chosen},
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"

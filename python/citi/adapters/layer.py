@@ -15,11 +15,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from citi.adapters.config import MoLoraConfig
+from citi.adapters.shared_input import Member, Siblings, apply_shared
 from citi_kernels.layers.molora_linear import (
     MoLoRASettings,
     adapter_dtype,
     adapter_shapes,
-    apply_molora,
     reset_adapter_,
 )
 
@@ -123,40 +123,60 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
     One op computes base and first adapter together where the base layer is a plain `nn.Linear` or
     GPT-2's `Conv1D`. Where calling the base layer does more than its product (quantised weights,
     subclasses, hooks, a replaced `forward`), it is called, and the op computes the update alone.
+    Layers of one parent (`siblings`) that share their input run together, see `shared_input`.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoLoraConfig) -> None:
         super().__init__()
         MoLoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
+        self.siblings = Siblings()
         self.update_layer(adapter_name, config)
         self.train(base_layer.training)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., K) -> (..., N); further arguments go to the base layer."""
-        active = [name for name in self.active_adapters if name in self.molora_A]
+        active = self._active_names()
         if self.disable_adapters or not active:
             return self.base_layer(x, *args, **kwargs)
         if args or kwargs or not is_plain(self.base_layer):
             y = self.base_layer(x, *args, **kwargs)
+        elif torch.compiler.is_compiling() or not self._is_one_op(active):
+            y, active = self._fused(active[0]).apply(x), active[1:]
         else:
-            weight, bias = self.base_layer.weight, self.base_layer.bias
-            weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
-            y, active = self._apply_adapter(active[0], x, weight, bias), active[1:]
+            return apply_shared(self._fused(active[0]), x, self.siblings, MoLoraLinear.as_member)
         for name in active:
-            y = y + self._apply_adapter(name, x).to(y.dtype)
+            y = y + self._update(name).apply(x).to(y.dtype)
         return y
 
-    def _apply_adapter(
-        self, name: str, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-    ) -> Tensor:
-        return apply_molora(
-            x,
-            weight,
-            bias,
-            self.molora_A[name],
-            self.molora_B[name],
-            self.molora_router[name],
+    def as_member(self) -> Member | None:
+        """The op that a call of this layer is now; None where it is not that alone."""
+        active = self._active_names()
+        is_one_op = not self.disable_adapters and is_plain(self.base_layer)
+        return self._fused(active[0]) if is_one_op and self._is_one_op(active) else None
+
+    def _active_names(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.molora_A]
+
+    def _is_one_op(self, active: list[str]) -> bool:
+        """Where the base layer is plain; another class is what FSDP makes of a layer."""
+        return len(active) == 1 and type(self) is MoLoraLinear and _is_called_as_it_is(self)
+
+    def _fused(self, name: str) -> Member:
+        """Base and adapter."""
+        weight = self.base_layer.weight
+        weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
+        return self._update(name)._replace(weight=weight, bias=self.base_layer.bias)
+
+    def _update(self, name: str) -> Member:
+        """The adapter without the base."""
+        return Member(
+            layer=self,
+            weight=None,
+            bias=None,
+            a=self.molora_A[name],
+            b=self.molora_B[name],
+            router=self.molora_router[name],
             settings=self.molora_settings[name],
             key=self.routing_key(name),
             training=self.training,
@@ -175,18 +195,20 @@ def is_plain(base: nn.Module) -> bool:
     Hooks (Accelerate's and DeepSpeed's offloading, importance) and an instance's own `forward` are
     looked for at every call, because they come and go.
     """
-    if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__:
+    if type(base) not in (nn.Linear, Conv1D) or not _is_called_as_it_is(base):
         return False
-    hooks = (
-        base._forward_pre_hooks,
-        base._forward_hooks,
-        base._backward_pre_hooks,
-        base._backward_hooks,
-    )
     weight = base.weight
     return (
-        not any(hooks)
-        and type(weight) in (nn.Parameter, Tensor)
-        and weight.is_floating_point()
-        and weight.ndim == 2
+        type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.ndim == 2
     )
+
+
+def _is_called_as_it_is(module: nn.Module) -> bool:
+    """Whether calling it is its class's `forward` and no more."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return "forward" not in module.__dict__ and not any(hooks)

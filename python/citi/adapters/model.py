@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import peft
+import torch
 import transformers
 from packaging.version import Version
 from peft import PeftModel
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from citi.adapters.adapter_file import AdapterError, Shapes, compare_shapes
 from citi.adapters.config import MoLoraConfig
 from citi.adapters.layer import MERGE_REFUSED, MoLoraLayer, MoLoraLinear, feature_sizes
+from citi.adapters.shared_input import forget_results
 from citi_kernels.layers.molora_linear import adapter_shapes
 
 # Older ones leave out modules_to_save, and every tensor of some architectures, with a log line.
@@ -93,6 +95,7 @@ class MoLoraModel(BaseTuner):
         layer = MoLoraLinear(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
+        _introduce(layer, parent)
         self._replace_module(parent, target_name, layer, target)
 
     def _check_merge_allowed(self) -> None:
@@ -106,7 +109,11 @@ class MoLoraModel(BaseTuner):
                 "adapter_names: MOLoRA has no batches of mixed adapters; call set_adapter(name) "
                 "and run the samples of each adapter by themselves"
             )
-        yield
+        try:
+            yield
+        finally:
+            if not torch.compiler.is_compiling():
+                forget_results()
 
     def unload(self) -> nn.Module:
         """The base model with every original module back in its place, still frozen.
@@ -199,6 +206,15 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
             model.__dict__["peft_config"] = mark
         for parent, name, wrapper in wrappers:
             setattr(parent, name, wrapper)
+
+
+def _introduce(layer: MoLoraLinear, parent: nn.Module) -> None:
+    """Makes a new layer one of the siblings among its parent's children."""
+    for child in parent.children():
+        if isinstance(child, MoLoraLinear):
+            layer.siblings = child.siblings
+            layer.siblings.observe_anew()
+            return
 
 
 def _wrappers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -1,0 +1,28 @@
+"""What this run of the kernels' tests is about; the environment decides.
+
+CITI_BACKEND=triton TRITON_INTERPRET=1        Triton's interpreter, on the CPU
+CITI_BACKEND=triton CITI_TEST_DEVICE=cuda     Triton on a GPU
+neither                                       the torch backend, on the CPU
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from citi_kernels import environment
+
+BACKEND = environment.BACKEND or "torch"
+DEVICE = os.environ.get("CITI_TEST_DEVICE", "cpu")
+# the dtype in which an identity of the algebra is tested to rounding
+WIDEST = torch.float32 if BACKEND == "triton" else torch.float64
+# steps that show whether results or memory drift; the interpreter takes 100 times longer for each
+REPEATS = 20 if environment.INTERPRETS else 250
+
+
+def assert_equal_to_rounding(ours: Tensor, theirs: Tensor) -> None:
+    """Equal up to the rounding of `WIDEST`."""
+    tolerance = {torch.float64: 1e-7, torch.float32: 1e-4}[WIDEST]
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
