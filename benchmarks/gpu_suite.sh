@@ -35,18 +35,25 @@ done
 
 mkdir -p "$OUT" || exit 2
 export PYTHONPATH=".:python:tests${PYTHONPATH:+:$PYTHONPATH}"
-ON_GPU="CITI_BACKEND=triton CITI_TEST_DEVICE=cuda"
-KERNEL_TESTS="tests/citi_kernels/test_molora_linear.py tests/citi_kernels/test_molora_linear_autograd.py \
-tests/citi_kernels/test_molora_linear_reliability.py tests/citi_kernels/test_layer.py tests/citi_kernels/triton_kernels"
+on_gpu=(env CITI_BACKEND=triton CITI_TEST_DEVICE=cuda)
+kernel_tests=(tests/citi_kernels/test_molora_linear.py tests/citi_kernels/test_molora_linear_autograd.py
+  tests/citi_kernels/test_molora_linear_reliability.py tests/citi_kernels/test_layer.py
+  tests/citi_kernels/triton_kernels)
+small_case=(tests/citi_kernels/test_molora_linear.py -k fp16-dense)
 
+# sets `command`
 command_of() {
+  local pytest=("$PYTHON" -m pytest -p no:cacheprovider)
   case "$1" in
-    tests) echo "env $ON_GPU $PYTHON -m pytest -p no:cacheprovider -n 4 $KERNEL_TESTS" ;;
-    base_product) echo "$PYTHON benchmarks/base_product.py --write" ;;
-    molora) echo "$PYTHON benchmarks/molora_linear.py --device cuda --dtype bf16 --seconds 2 --json $OUT/molora_linear.json" ;;
-    routing) echo "$PYTHON benchmarks/molora_routing.py --device cuda --json $OUT/molora_routing.json" ;;
-    importance) echo "$PYTHON benchmarks/importance.py --device cuda --dtype bf16 --json $OUT/importance.json" ;;
-    sanitizer) echo "env $ON_GPU PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $PYTHON -m pytest -p no:cacheprovider tests/citi_kernels/test_molora_linear.py -k fp16-dense" ;;
+    tests) command=("${on_gpu[@]}" "${pytest[@]}" -n 4 "${kernel_tests[@]}") ;;
+    base_product) command=("$PYTHON" benchmarks/base_product.py --write) ;;
+    molora) command=("$PYTHON" benchmarks/molora_linear.py --device cuda --dtype bf16 --seconds 2
+      --json "$OUT/molora_linear.json") ;;
+    routing) command=("$PYTHON" benchmarks/molora_routing.py --device cuda --json "$OUT/molora_routing.json") ;;
+    importance) command=("$PYTHON" benchmarks/importance.py --device cuda --dtype bf16
+      --json "$OUT/importance.json") ;;
+    sanitizer) command=("${on_gpu[@]}" PYTORCH_NO_CUDA_MEMORY_CACHING=1
+      compute-sanitizer --error-exitcode 1 "${pytest[@]}" "${small_case[@]}") ;;
   esac
 }
 
@@ -61,10 +68,10 @@ failed=0
 summary="$OUT/summary.txt"
 : >"$summary"
 for part in "${parts[@]}"; do
-  command=$(command_of "$part")
+  command_of "$part"
   reason=$(why_not "$part")
   if [ "$dry_run" = 1 ]; then
-    echo "$part: $command" | tee -a "$summary"
+    echo "$part: ${command[*]}" | tee -a "$summary"
     continue
   fi
   if [ -n "$reason" ]; then
@@ -72,9 +79,8 @@ for part in "${parts[@]}"; do
     continue
   fi
   start=$SECONDS
-  echo "== $part: $command"
-  # shellcheck disable=SC2086 - the words of the command are meant to be split
-  if $command >"$OUT/$part.log" 2>&1; then word=passed; else word=FAILED; failed=1; fi
+  echo "== $part: ${command[*]}"
+  if "${command[@]}" >"$OUT/$part.log" 2>&1; then word=passed; else word=FAILED; failed=1; fi
   tail -n 12 "$OUT/$part.log"
   echo "$part: $word in $((SECONDS - start)) s, log in $OUT/$part.log" >>"$summary"
 done

@@ -103,13 +103,15 @@ def poisoned_memory() -> Iterator[None]:
     """Inside the block fresh memory starts as NaN, so that an unwritten element shows."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     was_on = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    # memory is filled in this mode alone; it must not refuse cuBLAS
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(was_on)
+        torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
 
 
 @contextlib.contextmanager

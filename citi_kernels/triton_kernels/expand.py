@@ -14,7 +14,7 @@ from torch import Tensor
 
 from citi_kernels.ops.molora_linear_contract import Settings
 from citi_kernels.triton_kernels.language import cast, dot_of_kept, is_dropped, scaled_rank
-from citi_kernels.triton_kernels.launch import Meta, block_of, launch
+from citi_kernels.triton_kernels.launch import Meta, block_of, launch, next_power_of_2
 
 
 @triton.jit
@@ -102,14 +102,15 @@ def _sum_gates(
 def launch_meta(
     R: int, G: int, dtype: torch.dtype, *, has_base: bool, is_sparse: bool = False
 ) -> Meta:
-    block_R, block_G = block_of(R), block_of(G)
+    block_R = block_of(R)
     is_heavy = block_R > 64 or dtype == torch.float32
     constants = {
         "BLOCK_T": 32 if dtype == torch.float32 else 64,
         "BLOCK_N": 64 if is_heavy else 128,
         "BLOCK_R": block_R,
-        "BLOCK_G": block_G,
-        "BLOCK_SUM": max(16, 2048 // block_G),
+        # few steps of many tokens: a program that sums gates walks over all of them
+        "BLOCK_G": next_power_of_2(G),
+        "BLOCK_SUM": max(16, 4096 // next_power_of_2(G)),
         "HAS_BASE": has_base,
         "IS_SPARSE": is_sparse,
     }

@@ -81,7 +81,7 @@ def _input_gradient_kernel(
             inside = i < sizes[j]
             total = tl.zeros((BLOCK_SUM,), dtype=tl.float32)
             at = parts_ptrs[j] + firsts[j] + i
-            for _ in range(nums_parts[j]):
+            for _ in tl.range(0, nums_parts[j], loop_unroll_factor=4):
                 total += tl.load(at, mask=inside, other=0.0)
                 at += part_strides[j]
             tl.store(out_ptrs[j] + i, cast(total, out_ptrs[j].dtype.element_ty), mask=inside)

@@ -58,7 +58,8 @@ def _rank_gradients_kernel(
     du = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
     if SOURCE == "parts":
         row = t
-        for _ in range(num_parts):
+        # unrolled, so that several loads are under way at once
+        for _ in tl.range(0, num_parts, loop_unroll_factor=4):
             du += tl.load(du_ptr + row[:, None] * R + r[None, :], mask=in_TR, other=0.0)
             row += T
     elif SOURCE == "dy":

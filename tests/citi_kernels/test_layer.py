@@ -21,7 +21,8 @@ ADAPTER = ("molora_A", "molora_B", "molora_router")
 def live(layer: MoLoRALinear) -> MoLoRALinear:
     """The layer with experts that do something."""
     with torch.no_grad():
-        layer.molora_B.normal_(generator=torch.Generator().manual_seed(3))
+        generator = torch.Generator(layer.molora_B.device).manual_seed(3)
+        layer.molora_B.normal_(generator=generator)
     return layer
 
 
@@ -157,7 +158,7 @@ def test_dropout_drops_in_training_only_and_follows_the_default_generator():
 def test_without_dropout_training_draws_nothing():
     layer = live(MoLoRALinear(32, 8, num_experts=2, r=4))
     state = torch.get_rng_state()
-    layer(torch.randn(6, 32, generator=torch.Generator()))
+    layer(torch.ones(6, 32))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -199,7 +200,7 @@ def test_case_28_converted_layers_run_and_train(convert):
 def test_case_28_meta_initialisation_then_reset_gives_a_working_layer():
     layer = MoLoRALinear(12, 9, num_experts=3, r=2, device="meta", dtype=torch.bfloat16)
     assert {p.device.type for p in layer.parameters()} == {"meta"}
-    layer.to_empty(device="cpu")
+    layer.to_empty(device=torch.get_default_device())
     torch.manual_seed(5)
     layer.reset_parameters()
     torch.manual_seed(5)
@@ -233,7 +234,8 @@ def test_a_compiled_layer_reports_to_the_context_of_each_call():
     layer = live(MoLoRALinear(12, 9, num_experts=3, r=2))
     compiled = torch.compile(layer, backend="aot_eager")
     for seed in range(3):
-        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed)
+        x = torch.randn(4, 12)
         with RoutingContext(torch.arange(4), num_segments=4) as context:
             y = compiled(x)
         with RoutingContext(torch.arange(4), num_segments=4) as eager:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -69,9 +71,10 @@ def test_case_3_every_number_of_experts_at_odd_sizes(num_experts: int, top_k: in
     weight=st.booleans(),
     num_segments=st.sampled_from([None, 1, 4]),
     dropout_p=st.sampled_from([0.0, 0.5]),
+    layout=st.sampled_from(["contiguous", "transposed", "apart"]),
     data=st.data(),
 )
-def test_any_shape_dtype_and_option_holds_the_rule(
+def test_any_shape_stride_dtype_and_option_holds_the_rule(
     num_tokens: int,
     num_in: int,
     num_out: int,
@@ -82,6 +85,7 @@ def test_any_shape_dtype_and_option_holds_the_rule(
     weight: bool,
     num_segments: int | None,
     dropout_p: float,
+    layout: str,
     data: st.DataObject,
 ) -> None:
     top_k = data.draw(st.sampled_from([None, *range(1, num_experts + 1)]))
@@ -100,7 +104,26 @@ def test_any_shape_dtype_and_option_holds_the_rule(
         dropout_p=dropout_p,
         dropout_seed=SEED if dropout_p else None,
     )
-    check_molora_linear(molora_linear, case)
+    names = [
+        name
+        for name in ("x", "weight", "a", "b", "router", "dy")
+        if getattr(case, name) is not None
+    ]
+    check_molora_linear(
+        molora_linear,
+        replace(case, **{name: laid_out(getattr(case, name), layout) for name in names}),
+    )
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values with other strides."""
+    if layout == "transposed":
+        return tensor.T.contiguous().T
+    if layout == "apart":
+        wide = tensor.new_full((tensor.shape[0], tensor.shape[1] + 3), float("nan"))
+        wide[:, : tensor.shape[1]] = tensor
+        return wide[:, : tensor.shape[1]]
+    return tensor
 
 
 def test_reference_equals_the_formula_written_out_for_one_token() -> None:

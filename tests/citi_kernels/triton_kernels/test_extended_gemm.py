@@ -61,10 +61,10 @@ class Case(NamedTuple):
 
 def make_case(shape: tuple[int, ...], dtype: torch.dtype, parameters: torch.dtype) -> Case:
     T, K, N, E, r = shape
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(size, generator=generator).to(DEVICE, dtype)
+        return torch.randn(size, generator=generator, device="cpu").to(DEVICE, dtype)
 
     return Case(
         x=draw(T, K),

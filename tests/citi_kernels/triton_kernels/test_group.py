@@ -102,9 +102,9 @@ def test_case_23_what_trains_in_every_layer(names: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_case_23_what_trains_in_some_layers_and_what_the_loss_sees(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     draws = itertools.count()
-    coins = (torch.rand(64, generator=generator) < 0.5).tolist()
+    coins = (torch.rand(64, generator=generator, device="cpu") < 0.5).tolist()
     trained = {(i, name): coins[next(draws)] for i in range(3) for name in ("x", *OF_A_LAYER)}
     used = {(i, name): coins[next(draws)] for i in range(3) for name in ("y", "gate_sums")}
     compare(
