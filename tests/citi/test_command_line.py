@@ -179,9 +179,18 @@ class TestDoctor:
         assert result.exit_code == 0, result.output
         for name in ("torch", "transformers", "peft", "citi-kernels"):
             assert importlib.metadata.version(name) in result.stdout
-        assert "citi::molora_linear" in result.stdout
-        assert "triton" in result.stdout
+        words = " ".join(result.stdout.split())
+        device = doctor_module._device()
+        taken = "torch" if device == "cpu" else "triton"
+        assert f"Backends, for {device} tensors: the fastest that runs here" in words
+        assert f"citi::molora_linear {taken} native: " in words
         assert "Everything that is needed works." in result.stdout
+
+    def test_it_says_how_triton_computes_the_product_with_the_frozen_weight(self) -> None:
+        pytest.importorskip("triton")
+        words = doctor_module._base_product("a GPU that nobody has measured")
+        assert words.startswith("Product with the frozen weight: 0 shapes and directions measured")
+        assert "for any other, cuBLAS and an update in place" in words
 
     def test_a_missing_extra_is_no_failure_and_comes_with_its_pip_line(
         self, monkeypatch: pytest.MonkeyPatch

@@ -157,20 +157,35 @@ def _driver() -> str:
 
 
 def _show_backends(console: Console) -> None:
-    """Prints which backend each op takes here, and why not another."""
+    """Prints which backend each op takes here and why, and why not another."""
     import torch
 
     from citi_kernels import backends, environment
 
     x = torch.zeros(1, 8, device=_device())
-    table = _table(f"Backends, for {x.device.type} tensors", "op", "takes", "cannot run here")
+    why = "CITI_BACKEND says so" if environment.BACKEND else "the fastest that runs here"
+    title = f"Backends, for {x.device.type} tensors: {why}"
+    table = _table(title, "op", "takes", "cannot run here")
+    taken = set()
     for op in backends.operations():
         others = [f"{line.backend}: {line.reason}" for line in backends.explain(op) if line.reason]
+        taken.add(backends.choose(op, x))
         _add_row(table, f"citi::{op}", backends.choose(op, x), "\n".join(others))
     console.print(table)
     console.print()
-    if environment.BACKEND:
-        console.print(f"CITI_BACKEND={environment.BACKEND} decides for every op.")
+    if "triton" in taken and x.is_cuda:
+        console.print(_base_product(torch.cuda.get_device_name(x.device)))
+
+
+def _base_product(gpu: str) -> str:
+    """How Triton's layers compute the product with the frozen weight on this GPU, and why."""
+    from citi_kernels.triton_kernels.base_product import TABLE, measured
+
+    num_measured = sum(key.gpu == gpu for key in measured(TABLE))
+    return (
+        f"Product with the frozen weight: {num_measured} shapes and directions measured on "
+        f"{gpu!r}; for any other, cuBLAS and an update in place."
+    )
 
 
 def _self_check() -> list[str]:
