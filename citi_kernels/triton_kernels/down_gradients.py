@@ -115,16 +115,19 @@ def launch_meta(
     block_R, block_G = block_of(R) if needs_a else 16, block_of(G) if needs_router else 16
     is_wide = num_layers * (block_R + block_G) > 160
     is_fp32 = dtype == torch.float32
+    # Triton 3.6 has ptxas wait after every wgmma of two such products on more rows than a warp
+    # group's 64, but not where dropout brings x through registers
+    is_one_group = not (is_wide or is_fp32 or has_dropout)
     constants = {
         "BLOCK_T": 32 if is_fp32 else 64,
-        "BLOCK_K": 64 if is_fp32 or is_wide else 128,
+        "BLOCK_K": 128 if has_dropout and not (is_wide or is_fp32) else 64,
         "BLOCK_R": block_R,
         "BLOCK_G": block_G,
         "NEEDS_A": needs_a,
         "NEEDS_ROUTER": needs_router,
         "HAS_DROPOUT": has_dropout,
     }
-    return Meta(constants, num_warps=8, num_stages=3)
+    return Meta(constants, num_warps=4 if is_one_group else 8, num_stages=3)
 
 
 def down_gradients(

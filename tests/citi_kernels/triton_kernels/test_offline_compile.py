@@ -98,9 +98,21 @@ def test_main_kernels_use_tensor_cores_and_do_not_spill(
         assert compiled.tensor_core_products > 0, compiled.summary
         if capability == 90:
             assert "wgmma.mma_async" in compiled.ptx, compiled.summary
-            assert not is_serialized(compiled), compiled.summary
         if capability >= 90 and compiled.name.startswith("_extended"):
             assert "cp.async.bulk.tensor" in compiled.ptx, compiled.summary
+
+
+def test_no_kernel_waits_for_every_single_wgmma() -> None:
+    layers = [
+        *EVERY_KERNEL,
+        Layer(num_layers=3),
+        Layer(dropout_p=0.1),
+        Layer(E=8, r=16),
+        Layer(dropout_p=0.1, way="extended"),
+    ]
+    for launch in launches_of(tuple(layers), torch.bfloat16, 90):
+        compiled = compile_for(launch, 90)
+        assert not is_serialized(compiled), compiled.summary
 
 
 def test_the_checks_see_what_they_look_for() -> None:
