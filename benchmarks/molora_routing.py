@@ -5,7 +5,7 @@
                  all experts    the same without top_k
                  expert loop    the torch backend: each expert on its own tokens
     decode     forward alone of 1 to 64 tokens, 4 experts of rank 8; on a GPU as CUDA-graph replays
-                 update, decode the ways of citi_kernels.triton_kernels.base_product
+                 update, few, decode: the ways of citi_kernels.triton_kernels.base_product
 
 Ratios to the frozen linear, all in one process and in turn, medians.
 
@@ -65,7 +65,7 @@ def decode_cases(num_tokens: int, device: str, dtype: torch.dtype) -> dict[str, 
         num_tokens, num_in, num_out, dtype=dtype, num_segments=None, bias=False, device=device
     )
     cases = {"frozen linear": lambda: F.linear(case.x, case.weight)}
-    for way in ("update", "decode") if device == "cuda" else ("update",):
+    for way in ("update", "few", "decode") if device == "cuda" else ("update",):
         cases[way] = lambda way=way: decoded(case, way)
     return {name: as_graph(each) if device == "cuda" else each for name, each in cases.items()}
 

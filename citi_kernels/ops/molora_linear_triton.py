@@ -99,10 +99,13 @@ def forward_group(
             base_product.choose_base_product(x_TK, each.weight, x_TK.shape[0], rank)
             for each in operands_L
         ]
-    if "decode" in way_L:
+    if not {"few", "decode"}.isdisjoint(way_L):
         layers = []
-        for operands, settings in zip(operands_L, settings_L, strict=True):
-            y_TN, h_TR, probs_TG = decode_linear(operands, settings)
+        for operands, settings, way in zip(operands_L, settings_L, way_L, strict=True):
+            base_TN = None
+            if way != "decode" and operands.weight is not None:
+                base_TN = F.linear(x_TK, operands.weight, operands.bias)
+            y_TN, h_TR, probs_TG = decode_linear(operands, settings, base_TN=base_TN)
             layers.append((y_TN, Saved(h_TR, probs_TG, None), _sum_gates(probs_TG, settings)))
         return layers
     ranks = shrink_route(

@@ -1,12 +1,14 @@
 """Which way computes the product with the frozen weight: by measurement, per GPU and shape.
 
     update     cuBLAS, then the update of rank R added in place        always possible
+    few        the same for up to 64 tokens, their K cut into parts    see `decode.takes`
     extended   one GEMM with a longer K                                see `extended_gemm.takes`
     decode     two launches for the whole layer, up to 64 tokens       see `decode.takes`
 
 The measurements stand in base_product.json, which `python benchmarks/base_product.py --write`
-fills. Where nothing was measured (another GPU, another shape, no readable table), the answer is
-"update". Nothing has been measured yet: the table is empty.
+fills. Where nothing was measured (another GPU, another shape, no readable table), the answer leaves
+the product to cuBLAS: "few" up to 64 tokens, for which "update" would read a and the router on one
+multiprocessor, and "update" beyond. Nothing has been measured yet: the table is empty.
 
 Shapes: T tokens, K in-features, N out-features.
 """
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from citi_kernels.triton_kernels import decode, extended_gemm
 
-WAYS = ("update", "extended", "decode")
+WAYS = ("update", "few", "extended", "decode")
 DIRECTIONS = ("forward", "backward")
 TABLE = Path(__file__).with_name("base_product.json")
 
@@ -87,19 +89,22 @@ def _takes(way: str, x_TK: Tensor, weight_NK: Tensor | None, rank: int, directio
             and rank <= extended_gemm.MAX_RANK
             and extended_gemm.takes(x_TK, weight_NK)
         )
-    if way == "decode":
+    if way in ("few", "decode"):
         return direction == "forward" and decode.takes(x_TK, rank)
     return True
 
 
 def _fastest(x_TK: Tensor, weight_NK: Tensor | None, num_tokens: int, direction: str) -> str:
     gpu = _gpu_name(x_TK.device)
-    if weight_NK is None or gpu is None:
+    if gpu is None:
         return "update"
+    unmeasured = "few" if num_tokens <= decode.MAX_TOKENS else "update"
+    if weight_NK is None:
+        return unmeasured
     key = Key(gpu, dtype_name(x_TK.dtype), *weight_NK.shape, direction)
     tokens, winners = measured(TABLE).get(key, ((), ()))
     place = bisect_right(tokens, num_tokens)
-    return winners[place - 1] if place else "update"
+    return winners[place - 1] if place else unmeasured
 
 
 @lru_cache

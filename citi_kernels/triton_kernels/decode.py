@@ -3,6 +3,9 @@
     rows     partial[s] = x [weight; a; router]ᵀ over the s-th part of K, fp32
     finish   h and logits summed over the parts; gate = softmax; y = base + bias + u bᵀ
 
+Or the update alone, added in place to a base product that cuBLAS computed: the same two launches
+without the rows of weight. For one block of tokens `shrink_route` would run on one multiprocessor.
+
 Every program of the second launch sums the rank rows itself, which is cheaper than a third launch.
 No program waits for another and no result depends on which ran first; a token's result depends
 on no other token.
@@ -169,6 +172,7 @@ def _finish_kernel(
     NUM_SPLITS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
     # one program = all tokens times one block of N; the first also stores h and probs
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -181,6 +185,9 @@ def _finish_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     if HAS_WEIGHT:
         acc = _sum_splits(partial_ptr + first_base, t, n, in_TN, T, Z, NUM_SPLITS)
+    if ADDS:
+        y = tl.load(y_ptr + t[:, None] * N + n[None, :], mask=in_TN, other=0.0)
+        acc = y.to(tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=in_N, other=0.0).to(tl.float32)[None, :]
 
@@ -234,7 +241,7 @@ def rows_launch_meta(
 
 
 def finish_launch_meta(
-    T: int, R: int, G: int, *, num_splits: int, has_weight: bool, has_bias: bool
+    T: int, R: int, G: int, *, num_splits: int, has_weight: bool, has_bias: bool, adds: bool
 ) -> Meta:
     constants = {
         "BLOCK_T": block_of(T),
@@ -244,6 +251,7 @@ def finish_launch_meta(
         "NUM_SPLITS": num_splits,
         "HAS_WEIGHT": has_weight,
         "HAS_BIAS": has_bias,
+        "ADDS": adds,
     }
     return Meta(constants, num_warps=8 if constants["BLOCK_T"] == 64 else 4, num_stages=1)
 
@@ -257,11 +265,17 @@ def takes(x_TK: Tensor, R: int) -> bool:
     )
 
 
-def decode_linear(operands: Operands, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+def decode_linear(
+    operands: Operands, settings: Settings, *, base_TN: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, N) and h (T, R) in x's dtype, probs (T, G) fp32, for what `takes` takes.
 
-    weight has any strides or is None; rows of x may lie apart; the others are contiguous.
+    weight has any strides or is None; rows of x may lie apart; the others are contiguous. With
+    base, which holds x weightᵀ + bias, the update is added to it in place, and it is y.
     """
+    adds = base_TN is not None
+    if adds:
+        operands = operands._replace(weight=None, bias=None)
     x_TK, weight_NK, bias_N, _, b_NR, router_GK = operands
     (T, K), (N, R), G = x_TK.shape, b_NR.shape, router_GK.shape[0]
     base_N = 0 if weight_NK is None else N
@@ -282,7 +296,8 @@ def decode_linear(operands: Operands, settings: Settings) -> tuple[Tensor, Tenso
     dropout = dropout_of(settings)
     _launch_rows(operands, partial_STZ, {**columns, **dropout}, rows, base_N)
 
-    y_TN, h_TR = x_TK.new_empty(T, N), x_TK.new_empty(T, R)
+    y_TN = base_TN if adds else x_TK.new_empty(T, N)
+    h_TR = x_TK.new_empty(T, R)
     probs_TG = x_TK.new_empty(T, G, dtype=torch.float32)
     finish = finish_launch_meta(
         T,
@@ -291,6 +306,7 @@ def decode_linear(operands: Operands, settings: Settings) -> tuple[Tensor, Tenso
         num_splits=num_splits,
         has_weight=weight_NK is not None,
         has_bias=bias_N is not None,
+        adds=adds,
     )
     arguments = {
         "partial_ptr": partial_STZ,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from citi_kernels.ops.molora_linear_contract import Operands, Settings
@@ -36,7 +37,7 @@ def make_case(T: int, K: int, N: int, **options: object) -> MoLoRACase:
     return random_case(T, K, N, **DEFAULTS | options)
 
 
-def run(case: MoLoRACase) -> tuple[Tensor, Tensor, Tensor]:
+def run(case: MoLoRACase, **base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y, h, probs."""
     options = case.options
     settings = Settings(
@@ -49,7 +50,7 @@ def run(case: MoLoRACase) -> tuple[Tensor, Tensor, Tensor]:
         options.get("dropout_p", 0.0),
         options.get("dropout_seed"),
     )
-    return decode_linear(Operands(*case.operands), settings)
+    return decode_linear(Operands(*case.operands), settings, **base)
 
 
 def check(case: MoLoRACase) -> None:
@@ -75,6 +76,25 @@ def test_follows_the_accuracy_rule(
     shape: tuple[int, int, int], dtype: torch.dtype, options: dict
 ) -> None:
     check(make_case(*shape, dtype=dtype, **options))
+
+
+@each_dtype
+@each_option
+def test_the_update_is_added_to_a_base_in_place_and_the_base_is_y(
+    dtype: torch.dtype, options: dict
+) -> None:
+    case = make_case(7, 300, 133, dtype=dtype, **options)
+    base = F.linear(*case.operands[:3])
+    kept = base.clone()
+    y, h, probs = run(replace(case, b=torch.zeros_like(case.b)), base_TN=base)
+    assert y is base
+    assert torch.equal(y, kept)
+    y, *ranks = run(case, base_TN=base)
+    wide = rounded(case).to(torch.float64)
+    truth, _ = molora_linear_ref(*wide.operands, **wide.options)
+    baseline, _ = stacked_molora_linear(*case.operands, **case.options)
+    assert_accurate(y, truth, baseline, name="y")
+    assert all(map(torch.equal, ranks, (h, probs)))
 
 
 @pytest.mark.parametrize(("num_experts", "r"), [(1, 1), (3, 11), (64, 4), (127, 2), (2, 128)])

@@ -65,6 +65,13 @@ def test_no_option_of_the_dense_path_costs_more_launches(options: dict) -> None:
     assert len(ours) + len(library) <= 8
 
 
+@pytest.mark.parametrize(("way", "launches"), [("few", 3), ("decode", 2)])
+def test_few_tokens_take_few_launches(way: str, launches: int) -> None:
+    ours, library = record(Layer(T=8, way=way, num_segments=None, trained=""))
+    assert len(ours) + len(library) == launches
+    assert names(ours) == ["rows", "finish"]
+
+
 def test_a_group_of_three_reads_x_once_forward_and_once_backward() -> None:
     ours, library = record(Layer(num_layers=3))
     kernels = names(ours)
