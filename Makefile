@@ -8,7 +8,7 @@ ARGS ?=
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 # what a backend must pass; with Triton's interpreter in a run of its own, see under_test.py
 KERNEL_TESTS := $(wildcard tests/citi_kernels/test_molora_linear*.py) tests/citi_kernels/test_layer.py \
-  tests/citi_kernels/triton_kernels tests/citi/test_adapters_group_triton.py
+  $(wildcard tests/citi_kernels/test_importance_*.py) tests/citi_kernels/triton_kernels tests/citi/test_adapters_group_triton.py
 
 .PHONY: demo test test-triton lint bench clean
 

@@ -5,7 +5,7 @@
 #   benchmarks/gpu_suite.sh tests molora       these parts, in this order
 #   benchmarks/gpu_suite.sh --dry-run [PART…]  print the commands
 #
-# Parts: tests base_product molora routing importance sanitizer
+# Parts: tests base_product molora routing importance importance_ops importance_8b sanitizer
 # PYTHON  the interpreter that has torch and triton (default: python3)
 # OUT     where results and logs go (default: a new directory under the system's temporary one)
 #
@@ -14,7 +14,7 @@ set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-$(mktemp -d)}
-ALL=(tests base_product molora routing importance sanitizer)
+ALL=(tests base_product molora routing importance importance_ops importance_8b sanitizer)
 
 dry_run=0
 parts=()
@@ -39,6 +39,7 @@ on_gpu=(env CITI_BACKEND=triton CITI_TEST_DEVICE=cuda)
 kernel_tests=(tests/citi_kernels/test_molora_linear.py tests/citi_kernels/test_molora_linear_autograd.py
   tests/citi_kernels/test_molora_linear_reliability.py tests/citi_kernels/test_layer.py
   tests/citi_kernels/triton_kernels)
+importance=("$PYTHON" benchmarks/importance.py --device cuda --dtype bf16)
 small_case=(tests/citi_kernels/test_molora_linear.py -k fp16-dense)
 
 # sets `command`
@@ -50,8 +51,10 @@ command_of() {
     molora) command=("$PYTHON" benchmarks/molora_linear.py --device cuda --dtype bf16 --seconds 2
       --json "$OUT/molora_linear.json") ;;
     routing) command=("$PYTHON" benchmarks/molora_routing.py --device cuda --json "$OUT/molora_routing.json") ;;
-    importance) command=("$PYTHON" benchmarks/importance.py --device cuda --dtype bf16
-      --json "$OUT/importance.json") ;;
+    importance) command=("${importance[@]}" --model smollm2 --rounds 7 --json "$OUT/importance.json") ;;
+    importance_ops) command=("${importance[@]}" --ops --seconds 1 --json "$OUT/importance_ops.json") ;;
+    importance_8b) command=("${importance[@]}" --model llama-8b --checkpointing --rounds 3
+      --json "$OUT/importance_8b.json") ;;
     sanitizer) command=("${on_gpu[@]}" PYTORCH_NO_CUDA_MEMORY_CACHING=1
       compute-sanitizer --error-exitcode 1 "${pytest[@]}" "${small_case[@]}") ;;
   esac

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,8 @@ import pytest
 import torch
 
 SUITE = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu_suite.sh"
-PARTS = ("tests", "base_product", "molora", "routing", "importance", "sanitizer")
+IMPORTANCE_PARTS = ("importance", "importance_ops", "importance_8b")
+PARTS = ("tests", "base_product", "molora", "routing", *IMPORTANCE_PARTS, "sanitizer")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 
@@ -37,6 +40,25 @@ def test_dry_run_prints_a_command_for_every_part_and_runs_none(tmp_path: Path) -
         if word.startswith(("tests/", "benchmarks/")):
             assert (SUITE.parents[1] / word).exists(), word
     assert not list((tmp_path / "out").glob("*.log"))
+
+
+def test_the_importance_benchmark_takes_the_options_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SUITE.parent)
+    benchmark = importlib.import_module("importance")
+    lines = run(tmp_path, "--dry-run", *IMPORTANCE_PARTS).stdout.splitlines()
+    parsed = []
+    for line in lines:
+        _, options = line.split("benchmarks/importance.py ")
+        monkeypatch.setattr(sys, "argv", ["importance.py", *shlex.split(options)])
+        parsed.append(benchmark.parse_arguments())
+    assert [each.ops for each in parsed] == [False, True, False]
+    assert [each.model for each in parsed] == ["smollm2", "smollm2", "llama-8b"]
+    assert all(each.device == "cuda" and each.dtype == "bf16" for each in parsed)
+    rows = parsed[2].rows
+    assert "token" in rows
+    assert "full" not in rows, "its gradients alone are 16 GB"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

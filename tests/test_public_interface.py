@@ -27,6 +27,7 @@ def _fields(kind: type) -> list[str]:
 def _interface() -> dict[str, object]:
     names = ("molora_linear", "molora_linear_group")
     ops = [name for each in names for name in (each, f"{each}_backward")]
+    ops += ["accumulate_row_dots_", "accumulate_parameter_scores_"]
     return {
         "version": citi.__version__,
         "citi_kernels": sorted(citi_kernels.__all__),

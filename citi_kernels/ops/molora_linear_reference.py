@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from citi_kernels.ops.counter_hash import as_int32, hash_of_columns, hash_of_rows
+
 
 def molora_linear_ref(
     x: Tensor,
@@ -136,23 +138,20 @@ def dropout_keeps(
 ) -> Tensor:
     """(T, K) bool, whether x[t, k] is kept: a hash of (seed, t, k), so that no mask is ever stored.
 
-        row[t]  = hash(hash(t ^ seed_low) ^ seed_high)                           all in uint32
-        kept    = hash(row[t] + k * 0x9E3779B9) >= p * 2**32
+        kept    = bits >= p * 2**32           bits[t, k] in uint32, see `counter_hash`
 
     The same on every backend, device and dtype; the mask of a token depends on its index t alone.
     """
-    seed = int(dropout_seed)
     num_tokens, num_in = shape
-    t_T = torch.arange(num_tokens, device=device)
-    row_T = _hash32_(_hash32_(t_T.to(torch.int32) ^ _int32(seed)) ^ _int32(seed >> 32))
-    k_K = torch.arange(num_in, device=device).to(torch.int32) * _int32(0x9E3779B9)
+    row_T = hash_of_rows(torch.arange(num_tokens, device=device), int(dropout_seed))
+    k_K = torch.arange(num_in, device=device)
     kept_TK = torch.empty(shape, dtype=torch.bool, device=device)
     # int32 compares signed: flipping the top bit of both sides keeps the order of uint32
-    least = _int32(dropout_threshold(dropout_p) ^ 2**31)
+    least = as_int32(dropout_threshold(dropout_p) ^ 2**31)
     # block by block, so that the passes of the hash stay in the cache
     for block in range(0, num_tokens, _HASHED_ROWS):
         rows = slice(block, block + _HASHED_ROWS)
-        bits = _hash32_(row_T[rows, None] + k_K)
+        bits = hash_of_columns(row_T[rows], k_K)
         torch.ge(bits.bitwise_xor_(-(2**31)), least, out=kept_TK[rows])
     return kept_TK
 
@@ -163,18 +162,3 @@ _HASHED_ROWS = 64
 def dropout_threshold(dropout_p: float) -> int:
     """An input is kept where its hash, a uint32, is at least this."""
     return min(int(dropout_p * 2**32), 2**32 - 1)
-
-
-def _hash32_(x: Tensor) -> Tensor:
-    """The bijection "lowbias32" of uint32, in place on int32, whose products wrap alike."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
-        # >> of int32 copies the sign into the top bits; masking them makes it the shift of uint32
-        x ^= (x >> shift) & (2 ** (32 - shift) - 1)
-        if factor is not None:
-            x *= _int32(factor)
-    return x
-
-
-def _int32(bits: int) -> int:
-    """The low 32 bits, as the int32 that has them."""
-    return (bits + 2**31) % 2**32 - 2**31

@@ -24,6 +24,10 @@
     grouped_input_gradient, top_k_route_backward        the passes above, expert by expert
     gate_sums          sums of gates per segment, alone
 
+    importance scores
+    row_dots           of activations: one pass over two of them
+    parameter_scores   of W ⊙ gᵀx, tile by tile; score_sums: the second stage of both
+
 Imported when an op first runs on the backend "triton", never by `import citi_kernels`. Kernels
 run on a GPU; with TRITON_INTERPRET=1 on the CPU, element by element, to test values.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from citi_kernels.ops.counter_hash import as_int32
 from citi_kernels.ops.molora_linear_contract import Settings
 from citi_kernels.ops.molora_linear_reference import dropout_threshold
 
@@ -34,12 +35,8 @@ def dropout_of_group(settings_L: Sequence[Settings]) -> dict[str, Any]:
     seeds += [0] * (MAX_LAYERS - len(seeds))
     arguments: dict[str, Any] = {}
     for i, seed in enumerate(seeds):
-        arguments |= {f"seed_low{i}": _as_int32(seed), f"seed_high{i}": _as_int32(seed >> 32)}
+        arguments |= {f"seed_low{i}": as_int32(seed), f"seed_high{i}": as_int32(seed >> 32)}
     return arguments | {
-        "threshold": _as_int32(dropout_threshold(dropout_p)),
+        "threshold": as_int32(dropout_threshold(dropout_p)),
         "inverse_keep": 1 / (1 - dropout_p),
     }
-
-
-def _as_int32(bits: int) -> int:
-    return (bits + 2**31) % 2**32 - 2**31

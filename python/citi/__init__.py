@@ -24,19 +24,26 @@ _HOMES = {
     "citi.data": ("Collator", "DataError", "RenderedDataset", "Sample", "mix", "read_samples"),
     "citi.evaluation": ("EvalResult", "EvalSettings", "comparison_table", "evaluate"),
     "citi.fingerprint": ("model_fingerprint",),
-    "citi.importance": ("ComponentScores", "component_importance"),
+    "citi.importance": (
+        "BatchCounts",
+        "ComponentScores",
+        "ImportanceRecorder",
+        "component_importance",
+    ),
+    "citi.importance.ability_scores": ("AbilityScores",),
+    "citi.importance.score_components": ("score_components",),
+    "citi.importance.stability": ("RankingStability", "ranking_stability"),
     "citi.observer": ("RunObserver",),
     "citi.plan": ("Plan", "make_plan"),
     "citi.recipe": ("Recipe", "RecipeError", "load_recipe"),
     "citi.run": ("evaluate_run", "load_run", "train"),
     "citi.run_directory": ("RunDirectory", "RunError"),
-    "citi.scores": ("AbilityScores", "score_components"),
     "citi.stages": ("STAGES", "Stage", "apply_stage"),
     "citi.trainer": ("CitiTrainer", "RouterLossMixin", "TrainingError"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "AdapterError",
     "MoLoraConfig",

@@ -82,20 +82,27 @@ def jaccard_matrix(
 def random_jaccard(num_components: int, *, third: str = "high") -> float:
     """Expected Jaccard index of two independent random thirds of `num_components`.
 
-        Σ_i  C(k, i) C(n - k, k - i) / C(n, k) · i / (2k - i)
-
-    with n components and k in the third. Raises: ValueError for fewer than three components.
+    See `chance_jaccard`. Raises: ValueError for fewer than three components, an unknown third.
     """
     _check_third(third)
     start, end = _bounds(num_components, third)
-    size = end - start
-    total = math.comb(num_components, size)
+    return chance_jaccard(num_components, end - start)
+
+
+def chance_jaccard(num_components: int, num_chosen: int) -> float:
+    """Expected Jaccard index of two independent random choices, 1 to all, of the components.
+
+        Σ_i  C(k, i) C(n - k, k - i) / C(n, k) · i / (2k - i)
+
+    with n components and k chosen.
+    """
+    total = math.comb(num_components, num_chosen)
     return math.fsum(
-        math.comb(size, shared)
-        * math.comb(num_components - size, size - shared)
+        math.comb(num_chosen, shared)
+        * math.comb(num_components - num_chosen, num_chosen - shared)
         / total
-        * (shared / (2 * size - shared))
-        for shared in range(size + 1)
+        * (shared / (2 * num_chosen - shared))
+        for shared in range(num_chosen + 1)
     )
 
 

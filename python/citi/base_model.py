@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from citi.data.chat_template import install_tool_template
 from citi.processes import this_process
 
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,26 +39,53 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_base(name: str, *, dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
+def load_base(
+    name: str, *, dtype: str = "auto", device_map: str | None = None
+) -> tuple[PreTrainedModel, Any]:
     """The frozen model on this process's device, and a tokenizer whose template holds tool calls.
 
     Args:
         name: Hub name or directory.
         dtype: See `resolve_dtype`.
+        device_map: Where Accelerate puts the layers: "auto" and its other strategies, or a device.
+            None: all on this process's device.
     Raises:
-        ValueError: A path that is no directory; a tokenizer with neither pad nor end token.
+        ValueError: A path that is no directory; a tokenizer with neither pad nor end token; an
+            unknown device map, or one for several processes.
         DataError: The tokenizer has no usable chat template.
         OSError: No such model.
     """
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ValueError(f"model: no such directory: {name}")
-    device = this_process().device
+    device = _first_device(device_map)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"model: the tokenizer of {name} has no pad and no eos token; set one")
         tokenizer.pad_token = tokenizer.eos_token
     install_tool_template(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=resolve_dtype(dtype, device))
-    model.requires_grad_(False)
-    return model.eval().to(device), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=resolve_dtype(dtype, device), device_map=device_map
+    )
+    model.requires_grad_(False).eval()
+    return model if device_map is not None else model.to(device), tokenizer
+
+
+def _first_device(device_map: str | None) -> torch.device:
+    process = this_process()
+    if device_map is None:
+        return process.device
+    if process.num_processes > 1:
+        raise ValueError(
+            f"device_map: {process.num_processes} processes have a device each; use one process to "
+            f"spread the model by {device_map!r}"
+        )
+    if device_map in _STRATEGIES:
+        return process.device
+    try:
+        return torch.device(device_map)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device_map must be one of {', '.join(_STRATEGIES)}, or a device such as cpu or "
+            f"cuda:0, got {device_map!r}"
+        ) from error

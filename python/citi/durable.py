@@ -7,11 +7,13 @@ leaves the earlier file intact, and at worst a hidden temporary file next to it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import secrets
 import shutil
+import stat
 from pathlib import Path
 
 _WAYS_OUT = {
@@ -80,6 +82,26 @@ def write_json(path: str | Path, obj: object) -> None:
         raise type(error)(f"cannot write {path} as JSON: {error}") from error
     # A lone surrogate has no UTF-8 form; `backslashreplace` turns it into its JSON escape.
     write_bytes(path, (text + "\n").encode("utf-8", errors="backslashreplace"))
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse at once what `write_bytes` would refuse after hours; parent directories are made.
+
+    Raises: WriteError as `write_bytes` does. Whether the disk has room is not known.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.stat(path).st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        try:
+            open(temporary, "xb").close()
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteError(path, error) from error
 
 
 def replace_directory(source: str | Path, target: str | Path) -> None:

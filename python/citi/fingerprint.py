@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from citi.components import Component, find_components
+from citi.placement import check_whole, fetch
 
 _VALUES_PER_WEIGHT = 64
 
@@ -32,7 +33,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, str | int]:
     components, _ = find_components(model)
     weights = hashlib.sha256()
     for component in components:
-        weights.update(_sample(component.name, model.get_submodule(component.name).weight))
+        weights.update(_sample(component.name, model.get_submodule(component.name)))
     return {
         "model_type": _model_type(model),
         "num_components": len(components),
@@ -52,13 +53,9 @@ def differing_fields(wanted: dict[str, str | int], got: dict[str, str | int]) ->
     return sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key))
 
 
-def _sample(name: str, weight: Tensor) -> bytes:
-    if weight.is_meta or weight.numel() == 0 or hasattr(weight, "full_tensor"):
-        raise ValueError(
-            f"the weight of {name} must be whole and in memory, got one that is "
-            f"{'on the meta device' if weight.is_meta else 'sharded'}; take the fingerprint of "
-            "the model before it is offloaded or sharded"
-        )
+def _sample(name: str, module: nn.Module) -> bytes:
+    weight = fetch(module, "weight")
+    check_whole(f"the weight of {name}", weight)
     flat = weight.detach().reshape(-1)
     picked = torch.arange(_VALUES_PER_WEIGHT) * (flat.numel() - 1) // (_VALUES_PER_WEIGHT - 1)
     values = flat[picked.to(flat.device)]

@@ -12,8 +12,8 @@ from torch import nn
 from citi.components import find_components
 from citi.durable import write_json
 from citi.fingerprint import differing_fields, model_fingerprint
+from citi.importance.ability_scores import AbilityScores
 from citi.saved_json import SavedFileError, read_object
-from citi.scores import AbilityScores
 
 FORMAT, VERSION = "citi.plan", 1
 _TYPES = {

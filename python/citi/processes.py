@@ -1,8 +1,9 @@
-"""This process among those of a launcher: its rank, its device, the barrier."""
+"""This process among those of a launcher: its rank, its device, the barrier, the group."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed
 from accelerate import PartialState
 
 
@@ -13,3 +14,9 @@ def this_process() -> PartialState:
     `torchrun` takes itself for the only one.
     """
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def process_group() -> torch.distributed.ProcessGroup | None:
+    """All processes of the launch; None if this is the only one."""
+    is_one_of_several = this_process().num_processes > 1
+    return torch.distributed.group.WORLD if is_one_of_several else None

@@ -14,15 +14,17 @@ from typing import Any
 from citi.data import Collator, RenderedDataset, Sample, mix, read_samples
 from citi.durable import write_json
 from citi.environment_record import environment_record
+from citi.importance.ability_scores import AbilityScores
+from citi.importance.progress_file import remove_progress
+from citi.importance.score_components import score_components
 from citi.manifest import Manifest
 from citi.observer import RunObserver
 from citi.plan import make_plan
-from citi.processes import this_process
+from citi.processes import process_group, this_process
 from citi.recipe import Recipe
 from citi.run_directory import RunDirectory, open_run
 from citi.run_evaluation import evaluate_pair, evaluate_run, evaluation_sets
 from citi.run_model import RunModel, load_run
-from citi.scores import AbilityScores, score_components
 from citi.stage_training import recipe_stages, train_stage
 from citi.stages import Stage, lower_to_base_dtype, skip_reason
 
@@ -146,6 +148,8 @@ class _Session:
             max_length=self.recipe.max_length,
             seed=self.recipe.seed,
             progress=self.observer.progress,
+            progress_file=self.run.importance_progress,
+            group=process_group(),
         )
         if self.is_writer:
             scores.save(self.run.importance_prefix)
@@ -153,6 +157,7 @@ class _Session:
                 scores.plot(self.run.importance_picture)
             except ImportError as error:
                 self.observer.line(f"no {self.run.importance_picture.name}: {error}")
+            remove_progress(self.run.importance_progress)
         return {"num_components": len(scores.tool_importance)}
 
     def _plan(self) -> Facts:

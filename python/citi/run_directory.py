@@ -2,7 +2,7 @@
 
 recipe.resolved.yaml  env.json  manifest.json  metrics.jsonl  importance.{json,safetensors,png}
 plan.json  stage1_rp/  stage2_mi/  stage3_uco/  adapter/  eval/  report.html
-and, while a stage trains, checkpoints/<stage>/.
+and, while components are scored, importance.progress; while a stage trains, checkpoints/<stage>/.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from citi.durable import recover_directory, write_text
+from citi.importance.progress_file import remove_progress
 from citi.manifest import Manifest, digest_files, digest_of
 from citi.recipe import Recipe, RecipeError, load_recipe
 from citi.stages import STAGES, Stage
@@ -52,6 +53,11 @@ class RunDirectory:
     @property
     def importance_prefix(self) -> Path:
         return self.path / "importance"
+
+    @property
+    def importance_progress(self) -> Path:
+        """Of a scoring that is not finished; several processes keep theirs beside it."""
+        return self.path / "importance.progress"
 
     @property
     def importance_picture(self) -> Path:
@@ -121,6 +127,8 @@ def open_run(recipe: Recipe, *, write: bool = True) -> Manifest:
     identity = digest_of(recipe.identity())
     digests = digest_files(recipe.data_files)
     manifest = Manifest.load(run.manifest_file)
+    wanted = (identity, digests)
+    begins_anew = manifest is None or (manifest.recipe_sha256, manifest.data_sha256) != wanted
     if manifest is None or not manifest.phases.keys() - _INDEPENDENT:
         manifest = Manifest(run.manifest_file, recipe_sha256=identity, data_sha256=digests)
     elif changes := _changes(run, recipe, identity, manifest, digests):
@@ -130,6 +138,8 @@ def open_run(recipe: Recipe, *, write: bool = True) -> Manifest:
             + "\nGive another output, put the old values back, or remove the folder"
         )
     if write:
+        if begins_anew:
+            remove_progress(run.importance_progress)
         write_text(run.recipe_file, recipe.dump())
         manifest.save()
         for folder in (run.adapter, *(run.stage(stage) for stage in STAGES)):

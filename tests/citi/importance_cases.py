@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from citi.components import find_components
 from tiny import MIXTURE_OF_EXPERTS, tiny_model
@@ -56,19 +57,19 @@ def packed(parts, padding=0):
     return {key: nn.functional.pad(value, (0, padding))[None] for key, value in batch.items()}
 
 
-def true_scores(model, batches, estimator):
-    """From real gradients: of per-token outputs for token, of the weights for the others.
+def true_entries(model, batches, estimator, shapes):
+    """(P, Q) scores from real gradients: of per-token outputs for token, of weights for the others.
 
     `batches` are lists of unpadded sequences; the losses are the model's own.
     """
     model = copy.deepcopy(model).requires_grad_(True)
     components, _ = find_components(model)
     modules = {c.name: model.get_submodule(c.name) for c in components}
-    totals = dict.fromkeys(modules, 0.0)
-    outputs = {}
+    totals = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    seen = {}
     for name, module in modules.items():
         module.register_forward_hook(
-            lambda m, args, y, name=name: (y.retain_grad(), outputs.update({name: y}))[1]
+            lambda m, args, y, name=name: (y.retain_grad(), seen.update({name: (args[0], y)}))[1]
         )
     for batch in batches:
         num_answers = sum(int((labels[1:] != -100).sum()) for _, labels in batch)
@@ -77,15 +78,13 @@ def true_scores(model, batches, estimator):
             loss = model(**single(part)).loss
             share = int((part[1][1:] != -100).sum()) / num_answers
             (loss if estimator == "token" else loss * share).backward()
-            if estimator == "token":
-                for name, module in modules.items():
-                    bias = 0 if module.bias is None else module.bias
-                    dots = ((outputs[name] - bias) * outputs[name].grad).sum(-1)
-                    totals[name] += dots.abs().sum().item()
+            for name in modules if estimator == "token" else ():
+                x, g = seen[name][0].flatten(0, -2), seen[name][1].grad.flatten(0, -2)
+                totals[name] += _of_tokens(modules[name], x, g, shapes[name])
         for name, module in modules.items() if estimator != "token" else ():
-            product = module.weight * module.weight.grad
-            whole = product.sum().abs() if estimator == "batch" else product.abs().sum()
-            totals[name] += whole.item()
+            product = _by_out_features(module, module.weight * module.weight.grad)
+            product = product if estimator == "batch" else product.abs()
+            totals[name] += _in_segments(product, shapes[name]).sum((1, 3)).abs()
     if estimator == "token":
         parts = [part for batch in batches for part in batch]
         num_answers = sum(int((labels[1:] != -100).sum()) for _, labels in parts)
@@ -93,6 +92,29 @@ def true_scores(model, batches, estimator):
         for c in components:
             totals[c.name] /= num_answers if c.layer == 2 else others
     return totals
+
+
+def true_scores(model, batches, estimator):
+    """The same of whole components: name -> score."""
+    components, _ = find_components(model)
+    entries = true_entries(model, batches, estimator, {c.name: (1, 1) for c in components})
+    return {name: entry.item() for name, entry in entries.items()}
+
+
+def _by_out_features(module, matrix):
+    return matrix.detach().double().T if isinstance(module, Conv1D) else matrix.detach().double()
+
+
+def _in_segments(matrix, shape):
+    rows, columns = shape
+    return matrix.reshape(rows, matrix.shape[0] // rows, columns, matrix.shape[1] // columns)
+
+
+def _of_tokens(module, x, g, shape):
+    weight = _in_segments(_by_out_features(module, module.weight), shape)
+    x = x.detach().double().reshape(len(x), shape[1], -1)
+    g = g.detach().double().reshape(len(g), shape[0], -1)
+    return torch.einsum("pnqk,tqk,tpn->tpq", weight, x, g).abs().sum(0)
 
 
 def assert_same(got, wanted, rtol):

@@ -19,8 +19,8 @@ import citi.report
 from citi.adapters import MoLoraConfig
 from citi.components import find_components
 from citi.data import Collator
+from citi.importance.ability_scores import AbilityScores
 from citi.recipe import Recipe
-from citi.scores import AbilityScores
 from citi.trainer import CitiTrainer
 from tiny import tiny_model, tiny_tokenizer
 

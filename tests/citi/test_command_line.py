@@ -18,7 +18,7 @@ from citi.command_line.progress import Watcher
 from citi.recipe import load_recipe
 from tiny import tiny_tokenizer
 
-COMMANDS = ("doctor", "demo", "init", "data", "train", "eval", "chat", "report")
+COMMANDS = ("doctor", "demo", "init", "data", "importance", "train", "eval", "chat", "report")
 TINY = {
     "dtype": "fp32",
     "importance_samples": 2,

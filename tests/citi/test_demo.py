@@ -9,8 +9,8 @@ from run_cases import tiny_recipe
 
 import citi.demo
 import citi.report
+from citi.importance.ability_scores import AbilityScores
 from citi.observer import RunObserver
-from citi.scores import AbilityScores
 
 
 class Lines(RunObserver):

@@ -12,6 +12,7 @@ import pytest
 
 from citi.durable import (
     WriteError,
+    check_writable,
     recover_directory,
     replace_directory,
     write_bytes,
@@ -173,3 +174,29 @@ def test_case_55_a_file_in_the_way_of_a_directory_and_the_reverse_are_named(tmp_
     with pytest.raises(WriteError, match="too long"):
         write_text(tmp_path / ("n" * 300), "y")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_case_55_what_a_write_would_refuse_is_known_before_and_nothing_is_left(
+    tmp_path, monkeypatch
+):
+    write_text(tmp_path / "file", "x")
+    (tmp_path / "folder").mkdir()
+    for path, words in (
+        (tmp_path / "file" / "below.json", "a part of the path is a file"),
+        (tmp_path / "folder", "a directory of that name is in the way"),
+        (tmp_path / ("n" * 300), "too long"),
+    ):
+        with pytest.raises(WriteError, match=words) as caught:
+            check_writable(path)
+        assert caught.value.path == path
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", refuse)
+        with pytest.raises(WriteError, match="read-only"):
+            check_writable(tmp_path / "new.json")
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "folder" / "deep ü" / "new.json")
+    assert _tree(tmp_path) == {"file": b"x"}

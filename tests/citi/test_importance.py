@@ -17,22 +17,6 @@ from tiny import ARCHITECTURES, MIXTURE_OF_EXPERTS, tiny_model
 ALL = [*ARCHITECTURES, *MIXTURE_OF_EXPERTS]
 
 
-@pytest.fixture
-def all_in_fp64(monkeypatch):
-    """transformers' norms, rotary embeddings and losses would round fp64 values to fp32."""
-    plain_to, plain_float = torch.Tensor.to, torch.Tensor.float
-
-    def to(self, *args, **kwargs):
-        stays = self.dtype == torch.float64 and args == (torch.float32,) and not kwargs
-        return self if stays else plain_to(self, *args, **kwargs)
-
-    def to_float(self):
-        return self if self.dtype == torch.float64 else plain_float(self)
-
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    monkeypatch.setattr(torch.Tensor, "float", to_float)
-
-
 @pytest.mark.usefixtures("all_in_fp64")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("architecture", ALL)
@@ -199,7 +183,7 @@ def test_case_29_small_fp16_gradients_do_not_vanish_and_large_ones_are_retried(m
     wanted = component_importance(model, [padded(sequences())])
     half = copy.deepcopy(model).half()
     assert_same(component_importance(half, [padded(sequences())]), wanted, 0.03)
-    monkeypatch.setattr("citi.importance._HALF_LOSS_SCALE", 2.0**60)
+    monkeypatch.setattr("citi.importance.scoring_pass._HALF_LOSS_SCALE", 2.0**60)
     got = component_importance(half, [padded(sequences())])
     assert_same(got, wanted, 0.03)
     assert got.num_skipped_batches == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import re
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from citi.components import find_components
-from citi.importance import ESTIMATORS, ComponentScores, _ScoringPass, component_importance
+from citi.importance import ESTIMATORS, ImportanceRecorder, component_importance
 from tiny import tiny_model
 
 
@@ -170,20 +170,19 @@ def test_progress_is_told_after_every_batch():
     batches = [single(part) for part in sequences()]
     component_importance(model, batches, progress=lambda *args: seen.append(args))
     component_importance(model, iter(batches), progress=lambda *args: seen.append(args))
-    assert seen == [
-        *[(1, 3, "9 tokens"), (2, 3, "23 tokens"), (3, 3, "28 tokens")],
-        *[(1, None, "9 tokens"), (2, None, "23 tokens"), (3, None, "28 tokens")],
+    assert [(done, total) for done, total, _ in seen] == [
+        *[(1, 3), (2, 3), (3, 3)],
+        *[(1, None), (2, None), (3, None)],
     ]
+    notes = [re.fullmatch(r"(\d+) tokens, (\d+) tokens/s", note) for *_, note in seen]
+    assert [int(note[1]) for note in notes] == [9, 23, 28] * 2
+    assert all(int(note[2]) > 0 for note in notes)
 
 
-def test_scores_are_a_mapping_and_survive_json_exactly():
+def test_scores_are_a_mapping():
     scores = component_importance(tiny_model("mixtral"), [padded(sequences())])
     assert len(scores) == 12
     assert dict(scores) == scores.scores
-    again = ComponentScores.from_json(json.loads(json.dumps(scores.to_json())))
-    assert again == scores
-    with pytest.raises(ValueError, match="exactly the keys"):
-        ComponentScores.from_json(scores.to_json() | {"extra": 1})
 
 
 @pytest.mark.parametrize(
@@ -204,7 +203,7 @@ def test_a_malformed_batch_is_named(change, message):
 def test_case_35_weights_that_are_not_in_memory_are_refused():
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.to("meta")
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj.*offloaded \(meta"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj.*meta device"):
         component_importance(model, [padded(sequences())])
 
 
@@ -233,12 +232,12 @@ def test_parameter_scores_are_formed_as_the_backward_goes(monkeypatch, checkpoin
     model, waiting = tiny_model("llama"), []
     if checkpointing:
         model.gradient_checkpointing_enable()
-    collect = _ScoringPass._collect
+    collect = ImportanceRecorder.collect
 
-    def watched(scoring, scale):
-        waiting.append(len(scoring._waiting))
-        return collect(scoring, scale)
+    def watched(recorder):
+        waiting.append(len(recorder._waiting))
+        return collect(recorder)
 
-    monkeypatch.setattr(_ScoringPass, "_collect", watched)
+    monkeypatch.setattr(ImportanceRecorder, "collect", watched)
     component_importance(model, [padded(sequences())], estimator="parameter")
     assert waiting == [0]

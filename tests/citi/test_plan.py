@@ -9,9 +9,9 @@ import pytest
 from citi.components import find_components
 from citi.fingerprint import model_fingerprint
 from citi.importance import ComponentScores
+from citi.importance.ability_scores import AbilityScores
 from citi.plan import Plan, make_plan
 from citi.saved_json import SavedFileError
-from citi.scores import AbilityScores
 from tiny import tiny_model
 
 

@@ -11,16 +11,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from citi.components import split_layer
 from citi.durable import write_json, write_text
 from citi.evaluation import EvalResult
 from citi.gates import GateSummary
 from citi.importance import ComponentScores
+from citi.importance.ability_scores import AbilityScores
+from citi.importance.stability import ranking_stability
 from citi.plan import make_plan
 from citi.report import build_report, read_results
 from citi.report.plots import importance_map, stage_curves
-from citi.scores import AbilityScores
 
 NAMES = [
     f"model.layers.{layer}.{path}"
@@ -251,6 +253,19 @@ def test_the_maps_mark_what_the_plan_took(page: Page) -> None:
     assert page.row("unfrozen in UCO") == [", ".join(plan.unimportant)]
     top = max(scores.tool_importance, key=scores.tool_importance.__getitem__)
     assert f"Largest: {top} ({scores.tool_importance[top]:.2%})" in page.text
+
+
+def test_the_ranking_is_called_sure_or_not_where_scores_by_batch_tell(run: Path) -> None:
+    assert "Is the tool ranking sure?" not in Page(build_report(run)).text
+    scores, plan = ability_scores(), make_plan(ability_scores(), important=0.25, unimportant=0.25)
+    by_batch = torch.tensor([list(scores.tool.values())] * 8, dtype=torch.float64)
+    counts = torch.tensor([[1, 10, 4]] * 8)
+    tool = dataclasses.replace(scores.tool, by_batch=by_batch, batch_counts=counts)
+    dataclasses.replace(scores, tool=tool).save(run / "importance")
+    sentence = ranking_stability(tool, share=plan.important_share).sentence
+    assert "two scorings of 4 agree on 1.00 of the top 25 %" in sentence
+    page = Page(build_report(run))
+    assert f"over all components. Is the tool ranking sure? {sentence}." in page.text
 
 
 def test_the_overlap_states_jaccard_indices_and_chance(page: Page) -> None:

@@ -214,7 +214,7 @@ def test_stages_without_epochs_or_components_are_skipped_with_the_reason(tmp_pat
 
 def test_a_missing_report_extra_does_not_fail_the_run(tmp_path: Path, monkeypatch) -> None:
     import citi.report
-    from citi.scores import AbilityScores
+    from citi.importance.ability_scores import AbilityScores
 
     def refuse(*args, **kwargs):
         raise ImportError("figures need matplotlib: pip install 'citi-kernels[report]'")

@@ -12,9 +12,10 @@ from citi.components import SkippedModule
 from citi.data import Collator, RenderedDataset, Sample, read_samples
 from citi.data.sample import Message
 from citi.importance import ComponentScores, component_importance
-from citi.importance_picture import importance_grid
+from citi.importance.ability_scores import AbilityScores
+from citi.importance.picture import importance_grid
+from citi.importance.score_components import score_components
 from citi.saved_json import SavedFileError
-from citi.scores import AbilityScores, score_components
 from tiny import tiny_model, tiny_tokenizer
 
 NAMES = [
@@ -156,7 +157,7 @@ def test_case_53_damaged_files_are_one_named_error(tmp_path, suffix):
     ("change", "message"),
     [
         ({"extra": 1}, r"unknown keys \['extra'\]"),
-        ({"version": 2}, "must have version 1, got 2"),
+        ({"version": 1}, "must have version 2, got 1"),
         ({"format": "other"}, "format citi.ability_scores"),
         ({"general": []}, "must hold a dict as 'general'"),
         ({"estimator": "batch"}, "was changed after it was written"),

@@ -11,7 +11,17 @@ from typing import Annotated
 
 import typer
 
-from citi.command_line import chat, data, demo, doctor, evaluate, init, report, train
+from citi.command_line import (
+    chat,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    importance,
+    init,
+    report,
+    train,
+)
 from citi.command_line.failures import GuardedGroup, set_debug
 
 __all__ = ["app", "main"]
@@ -54,6 +64,7 @@ app.command("demo")(demo.demo)
 app.command("init")(init.init)
 app.add_typer(data_app, name="data", help="Look at training data.")
 data_app.command("check")(data.check)
+app.command("importance")(importance.importance)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)

@@ -15,7 +15,11 @@ from typer.core import TyperGroup
 FAILED, INTERRUPTED = 1, 130
 _USER_ERRORS = (ValueError, OSError, ImportError)
 _DEBUG_HINT = "citi --debug … shows where it came from"
-_DEBUG, _RESUME = "citi.debug", "citi.resume"
+_DEBUG, _RESUME, _LESS_MEMORY = "citi.debug", "citi.resume", "citi.less_memory"
+_RECIPE_MEMORY = (
+    "lower batch_size (and raise gradient_accumulation), lower max_length, or set"
+    " gradient_checkpointing=true"
+)
 
 
 def set_debug(context: typer.Context, debug: bool) -> None:
@@ -26,6 +30,11 @@ def set_debug(context: typer.Context, debug: bool) -> None:
 def set_resume(context: typer.Context, command: str) -> None:
     """Register the command line that carries on where an interrupted `context` command stops."""
     context.meta[_RESUME] = command
+
+
+def set_less_memory(context: typer.Context, advice: str) -> None:
+    """Register what `context`'s command should be told when memory runs out."""
+    context.meta[_LESS_MEMORY] = advice
 
 
 class GuardedGroup(TyperGroup):
@@ -45,7 +54,8 @@ class GuardedGroup(TyperGroup):
                 raise
             _fail(ctx, str(error) or type(error).__name__, error)
         except Exception as error:
-            message = _known_machine_limit(error)
+            advice = ctx.meta.get(_LESS_MEMORY, _RECIPE_MEMORY)
+            message = _known_machine_limit(error, advice)
             if message is None:
                 raise
             _fail(ctx, message, error)
@@ -69,18 +79,15 @@ def _say(text: str, *, colour: str | None) -> None:
     typer.secho(text, err=True, fg=colour)
 
 
-def _known_machine_limit(error: Exception) -> str | None:
+def _known_machine_limit(error: Exception, less_memory: str) -> str | None:
     """A message for errors that are neither the user's values nor our mistake; None for the rest.
 
     torch is looked up, not imported: without it there cannot be an error of its.
     """
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
-        return (
-            f"out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}); lower"
-            " batch_size (and raise gradient_accumulation), lower max_length, or set"
-            " gradient_checkpointing=true"
-        )
+        details = str(error).splitlines()[0] if str(error) else "no details"
+        return f"out of memory ({details}); {less_memory}"
     if isinstance(error, RuntimeError) and str(error).startswith("backend "):
         return str(error)
     return None

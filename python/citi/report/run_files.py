@@ -14,8 +14,8 @@ from citi.evaluation import EvalResult
 from citi.gates import GateSummary
 
 if TYPE_CHECKING:
+    from citi.importance.ability_scores import AbilityScores
     from citi.plan import Plan
-    from citi.scores import AbilityScores
 
 T = TypeVar("T", "EvalResult", "GateSummary")
 GATES_FILE = "gates.json"
@@ -64,8 +64,8 @@ def read_run(directory: str | Path) -> RunFiles:
         FileNotFoundError: `directory` is not there, or holds none of a run's files.
         ValueError: a file is there and broken; the message has its path.
     """
+    from citi.importance.ability_scores import AbilityScores
     from citi.plan import Plan
-    from citi.scores import AbilityScores
 
     root = Path(directory)
     if not root.is_dir():

@@ -16,8 +16,8 @@ from citi.stages import STAGES
 
 if TYPE_CHECKING:
     from citi.gates import GateSummary
+    from citi.importance.ability_scores import AbilityScores
     from citi.plan import Plan
-    from citi.scores import AbilityScores
 
 _SCALE_SPAN = 1e4  # the colour scale covers at most this ratio below the largest share
 
@@ -47,9 +47,20 @@ def importance(scores: AbilityScores, plan: Plan | None) -> html.Section | None:
         anchor="importance",
         title="Which components matter",
         lead="First-order estimate of how much the loss on the answers would change if a"
-        " component were zero, as a share of the total over all components.",
+        " component were zero, as a share of the total over all components."
+        + _stability(scores, plan),
         body=body,
     )
+
+
+def _stability(scores: AbilityScores, plan: Plan | None) -> str:
+    """Whether a second scoring would choose the plan's components; nothing if that is not known."""
+    from citi.importance.stability import ranking_stability, stability_obstacle
+
+    share = 0.20 if plan is None else plan.important_share
+    if stability_obstacle(scores.tool, share) is not None:
+        return ""
+    return f" Is the tool ranking sure? {ranking_stability(scores.tool, share=share).sentence}."
 
 
 def _marked(plan: Plan | None) -> dict[str, str]:

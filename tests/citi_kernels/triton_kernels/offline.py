@@ -19,6 +19,7 @@ from citi_kernels.triton_kernels.launch import Launch
 CAPABILITIES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",

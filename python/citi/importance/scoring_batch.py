@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from citi.placement import runs_on
+
 _IGNORED_LABEL = -100
 
 
@@ -127,7 +129,7 @@ def _model_inputs(
         # transformers keeps sequences apart by position ids only without a mask; so padding
         # becomes a sequence of its own.
         positions = torch.where(real, positions, _positions_in_runs(~real))
-    device = _input_device(model)
+    device = runs_on(model.get_input_embeddings())
     inputs = {
         "input_ids": ids.to(device),
         "attention_mask": None if packed else real.to(device, torch.int64),
@@ -151,8 +153,3 @@ def _shift(tensor: Tensor) -> Tensor:
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(model.forward).parameters
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    embeddings = model.get_input_embeddings()
-    return next(embeddings.parameters()).device
