@@ -145,14 +145,14 @@ class ScoreTotals:
 
     def _by_name(self) -> dict[str, Tensor]:
         if self.granularity == "element":
-            return {
-                each.name: self.elements.get(
-                    each.name, torch.zeros(each.shape, dtype=self.element_dtype)
-                ).cpu()
-                for each in self.shapes
-            }
+            return {each.name: self._elements_of(each) for each in self.shapes}
         parts = zip(self.shapes, self.sums.split(self.sizes), strict=True)
         return {scored.name: part.view(scored.shape) for scored, part in parts}
+
+    def _elements_of(self, scored: ScoredComponent) -> Tensor:
+        if scored.name not in self.elements:
+            return torch.zeros(scored.shape, dtype=self.element_dtype)
+        return self.elements[scored.name].cpu()
 
     def _divided(self, entries: Tensor, scored: ScoredComponent) -> Tensor:
         if self.estimator != "token":
