@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 from torch.autograd.profiler import profile
 
-_MEMORY_EVENT = "[memory]"
+_ALLOCATION = "_ExtraFields_Allocation"
 _DEVICE_TYPES = ("cpu", "cuda")
 
 
@@ -77,16 +77,26 @@ class TensorMemory:
         del self._profile
 
     def _changes(self) -> list[int]:
-        """Bytes of every allocation and, negative, of every release, in order of time."""
+        """Bytes of every allocation and, negative, of its release, in order of time."""
         index = self.device.index
         if self.device.type == "cuda" and index is None:
             index = torch.cuda.current_device()
-        events = [
-            event
-            for event in self._profile.kineto_results.events()
-            if event.name() == _MEMORY_EVENT
-            and event.device_type().name.lower() == self.device.type
-            and (self.device.type == "cpu" or event.device_index() == index)
-        ]
-        events.sort(key=lambda event: event.start_ns())
-        return [event.nbytes() for event in events]
+        found, waiting = [], list(self._profile.kineto_results.experimental_event_tree())
+        while waiting:
+            event = waiting.pop()
+            waiting += event.children
+            fields = event.extra_fields
+            if type(fields).__name__ != _ALLOCATION or fields.device.type != self.device.type:
+                continue
+            if self.device.type == "cpu" or fields.device.index == index:
+                found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+        alive: dict[int, int] = {}
+        changes = []
+        for _, address, size in sorted(found, key=lambda each: each[0]):
+            if size > 0:
+                alive[address] = size
+                changes.append(size)
+            # What was there before may be reported with the size of an earlier block's tensor.
+            elif address in alive:
+                changes.append(-alive.pop(address))
+        return changes

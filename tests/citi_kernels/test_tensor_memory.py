@@ -98,6 +98,16 @@ def test_freeing_what_was_there_before_does_not_lower_the_peak():
     assert memory.peak == memory.remaining == new.numel()
 
 
+def test_memory_that_an_earlier_block_made_is_not_released_in_a_later_one():
+    """The profiler remembers its size, and may even meet another tensor at its address."""
+    with TensorMemory():
+        old = [bytes_of(4 * KB) for _ in range(8)]
+    with TensorMemory() as memory:
+        del old
+        new = bytes_of(2 * KB)
+    assert memory.peak == memory.remaining == new.numel()
+
+
 def test_repeats_give_the_same_numbers():
     def measured() -> tuple[list[int], int]:
         with TensorMemory() as memory:
