@@ -46,12 +46,16 @@ def hash32(x):
 
 
 @triton.jit
+def random_bits(t, k, seed_low, seed_high):
+    """[T, K] uint32, the bits of `counter_hash`."""
+    row = hash32(hash32(t.to(tl.uint32) ^ seed_low.to(tl.uint32)) ^ seed_high.to(tl.uint32))
+    return hash32(row[:, None] + k.to(tl.uint32)[None, :] * 0x9E3779B9)
+
+
+@triton.jit
 def keeps_input(t, k, seed_low, seed_high, threshold):
-    """Whether dropout keeps x[t, k]; the bits of `molora_linear_reference.dropout_keeps`."""
-    seed_low, seed_high = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
-    row = hash32(hash32(t.to(tl.uint32) ^ seed_low) ^ seed_high)
-    bits = hash32(row[:, None] + k.to(tl.uint32)[None, :] * 0x9E3779B9)
-    return bits >= threshold.to(tl.uint32)
+    """Whether dropout keeps x[t, k]; as `molora_linear_reference.dropout_keeps` does."""
+    return random_bits(t, k, seed_low, seed_high) >= threshold.to(tl.uint32)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from citi_kernels.ops.counter_hash import as_int32
-from citi_kernels.triton_kernels.language import INTERPRETS, cast, dot, hash32
+from citi_kernels.triton_kernels.language import INTERPRETS, cast, dot, random_bits
 from citi_kernels.triton_kernels.launch import Meta, launch, num_multiprocessors
 from citi_kernels.triton_kernels.persistent import tile_place
 from citi_kernels.triton_kernels.score_sums import add_score_sums_
@@ -108,8 +108,7 @@ def _add_elements(scores_ptr, added, n, k, inside, K, seed_low, seed_high):
     before = tl.load(at, mask=inside, other=0.0)
     if scores_ptr.dtype.element_ty == tl.bfloat16:
         total = before.to(tl.float32) + added
-        row = hash32(hash32(n.to(tl.uint32) ^ seed_low.to(tl.uint32)) ^ seed_high.to(tl.uint32))
-        bits = hash32(row[:, None] + k.to(tl.uint32)[None, :] * 0x9E3779B9) & 0xFFFF
+        bits = random_bits(n, k, seed_low, seed_high) & 0xFFFF
         bits = (bits + total.to(tl.uint32, bitcast=True)) & 0xFFFF0000
         # adding to the bits of inf or NaN would change what it is
         is_finite = tl.abs(total) < float("inf")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from citi.components import SkippedModule
-
-COUNTS = ("num_samples", "num_tokens", "num_answer_tokens")
+from citi.components import SkippedModule, split_layer
 
 
 def _no_batches() -> Tensor:
@@ -69,3 +67,17 @@ class ComponentScores(Mapping[str, float]):
     def num_skipped_batches(self) -> int:
         """Batches that were not scored, for either reason."""
         return self.num_empty_batches + self.num_nonfinite_batches
+
+
+def divisors_by_batch(estimator: str, names: Sequence[str], batch_counts: Tensor) -> Tensor:
+    """(B, C) fp64: what each batch adds to the divisor of each component's score.
+
+    For `token`, answer tokens in the last decoder layer and predictions elsewhere; 1 for others.
+    """
+    num_samples, num_tokens, num_answers = batch_counts.double().unbind(1)
+    if estimator != "token":
+        return torch.ones(len(batch_counts), len(names), dtype=torch.float64)
+    layers = [split_layer(name)[0] for name in names]
+    last = max((layer for layer in layers if layer is not None), default=None)
+    is_last = torch.tensor([layer is not None and layer == last for layer in layers])
+    return torch.where(is_last, num_answers[:, None], (num_tokens - num_samples)[:, None])

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from citi.analysis import chance_jaccard
-from citi.components import split_layer
-from citi.importance.component_scores import ComponentScores
+from citi.importance.component_scores import ComponentScores, divisors_by_batch
 
 MIN_BATCHES = 8
 SMALLEST_SCORING = 4
@@ -121,7 +120,7 @@ def ranking_stability(
     num_chosen = _num_chosen(num_components, share)
     by_name = sorted(range(num_components), key=list(scores).__getitem__)
     partials_BC = scores.by_batch.double()[:, by_name]
-    divisors_BC = _divisors(scores)[:, by_name]
+    divisors_BC = divisors_by_batch(scores.estimator, list(scores), scores.batch_counts)[:, by_name]
     generator = torch.Generator().manual_seed(seed)
     agreements = []
     for size in _sizes(num_batches):
@@ -168,17 +167,6 @@ def _sizes(num_batches: int) -> list[int]:
         sizes.append(size)
         size *= 2
     return [*sizes, num_batches]
-
-
-def _divisors(scores: ComponentScores) -> Tensor:
-    """(B, C) fp64: what each batch adds to the divisor of each component's score."""
-    num_samples, num_tokens, num_answers = scores.batch_counts.double().unbind(1)
-    if scores.estimator != "token":
-        return torch.ones(len(num_samples), len(scores), dtype=torch.float64)
-    layers = [split_layer(name)[0] for name in scores]
-    last = max((layer for layer in layers if layer is not None), default=None)
-    is_last = torch.tensor([layer is not None and layer == last for layer in layers])
-    return torch.where(is_last, num_answers[:, None], (num_tokens - num_samples)[:, None])
 
 
 def _top(scores_RC: Tensor, num_chosen: int) -> Tensor:

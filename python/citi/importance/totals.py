@@ -10,7 +10,7 @@ import torch.distributed
 from torch import Tensor
 
 from citi.components import SkippedModule
-from citi.importance.component_scores import ComponentScores
+from citi.importance.component_scores import ComponentScores, divisors_by_batch
 from citi.importance.granularity import ScoredComponent
 
 
@@ -122,10 +122,9 @@ class ScoreTotals:
                 f"{self.num_empty} without answer tokens (labels all -100) and "
                 f"{self.num_nonfinite} with a NaN or infinite loss or score"
             )
-        by_name = self._by_name()
-        divided = {c.name: self._divided(by_name[c.name], c) for c in self.shapes}
-        is_element = self.granularity == "element"
         counts = torch.tensor(self.counts, dtype=torch.int64)
+        divided = self._divided(counts)
+        is_element = self.granularity == "element"
         num_samples, num_tokens, num_answers = counts.sum(0).tolist()
         return ComponentScores(
             scores={name: _total(entries) for name, entries in divided.items()},
@@ -154,10 +153,13 @@ class ScoreTotals:
             return torch.zeros(scored.shape, dtype=self.element_dtype)
         return self.elements[scored.name].cpu()
 
-    def _divided(self, entries: Tensor, scored: ScoredComponent) -> Tensor:
+    def _divided(self, counts: Tensor) -> dict[str, Tensor]:
+        by_name = self._by_name()
         if self.estimator != "token":
-            return entries.clone()
-        return entries / divisor(self.shapes, scored, self.counts)
+            return {name: entries.clone() for name, entries in by_name.items()}
+        divisors = divisors_by_batch(self.estimator, list(by_name), counts).sum(0).tolist()
+        pairs = zip(by_name.items(), divisors, strict=True)
+        return {name: entries / divisor for (name, entries), divisor in pairs}
 
     def _unused(self) -> Iterator[SkippedModule]:
         for scored in self.shapes:
@@ -199,16 +201,6 @@ class ScoreTotals:
             for key, tensor in tensors.items()
             if key.startswith("elements.")
         }
-
-
-def divisor(
-    shapes: Sequence[ScoredComponent], scored: ScoredComponent, counts: Sequence[BatchCounts]
-) -> int:
-    """By what `token` scores are divided: answer tokens in the last layer, else predictions."""
-    last = max((s.component.layer for s in shapes if s.component.layer is not None), default=None)
-    if last is not None and scored.component.layer == last:
-        return sum(each.num_answers for each in counts)
-    return sum(each.num_tokens - each.num_samples for each in counts)
 
 
 def _total(entries: Tensor) -> float:
