@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from citi_kernels import environment
+from citi_kernels import compiled, environment
 
 BACKENDS = ("reference", "torch", "native", "triton", "cuda")
 FASTEST_FIRST = ("cuda", "triton", "native", "torch")
@@ -186,8 +186,8 @@ def _refusal(op: str, name: str, x: Tensor) -> str | None:
 
 
 def _missing(name: str) -> str | None:
-    if name in ("native", "cuda") and not _is_installed("citi_kernels._C"):
-        return "citi_kernels._C is not built in this installation"
+    if name in ("native", "cuda") and (reason := compiled.why_missing(name)):
+        return reason
     if name == "triton" and not _is_installed("triton"):
         return "triton is not installed (pip install triton)"
     if name == "triton" and environment.INTERPRETS:
