@@ -2,6 +2,8 @@
 
 CITI_BACKEND      the backend every op must use (see `citi_kernels.backends`); empty: no choice.
 TRITON_INTERPRET  1: Triton interprets its kernels, so the backend "triton" runs on the CPU.
+CITI_CPU_FEATURES which C++ kernels the backend "native" runs: avx512, avx2 or portable; empty: the
+                  widest that this CPU has. The results are the same to the bit.
 """
 
 from __future__ import annotations
@@ -10,3 +12,4 @@ import os
 
 BACKEND: str | None = os.environ.get("CITI_BACKEND") or None
 INTERPRETS: bool = os.environ.get("TRITON_INTERPRET") == "1"
+CPU_FEATURES: str = os.environ.get("CITI_CPU_FEATURES", "")

@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from citi.command_line import app
 from citi.command_line import doctor as doctor_module
+from citi_kernels import compiled
 
 
 def doctor() -> Result:
@@ -33,6 +34,20 @@ def test_it_shows_versions_the_machine_and_the_backend_of_each_op() -> None:
     assert f"Backends, for {device} tensors: the fastest that runs here" in words
     assert f"citi::molora_linear {taken} native: " in words
     assert "Everything that is needed works." in result.stdout
+
+
+def test_it_says_what_was_compiled_and_which_of_it_runs() -> None:
+    words = " ".join(doctor().stdout.split())
+    assert f"citi_kernels._C {compiled.description()}" in words
+
+
+def test_without_the_extension_it_says_so_and_nothing_is_broken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiled, "_load", lambda: (None, "nothing was compiled"))
+    result = doctor()
+    assert result.exit_code == 0
+    assert "citi_kernels._C not in use: nothing was compiled" in " ".join(result.stdout.split())
 
 
 def test_it_says_how_triton_computes_the_product_with_the_frozen_weight() -> None:

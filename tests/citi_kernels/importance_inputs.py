@@ -14,7 +14,7 @@ from under_test import BACKEND, DEVICE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # fp64 is as wide as the truth, so that the accuracy rule cannot judge it
-EVERY_DTYPE = DTYPES if BACKEND == "triton" else DTYPES | {"fp64": torch.float64}
+EVERY_DTYPE = DTYPES if BACKEND in ("triton", "cuda") else DTYPES | {"fp64": torch.float64}
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

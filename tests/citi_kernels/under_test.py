@@ -2,6 +2,8 @@
 
 CITI_BACKEND=triton TRITON_INTERPRET=1        Triton's interpreter, on the CPU
 CITI_BACKEND=triton CITI_TEST_DEVICE=cuda     Triton on a GPU
+CITI_BACKEND=native                           the C++ kernels, on the CPU (row dots only)
+CITI_BACKEND=cuda CITI_TEST_DEVICE=cuda       the CUDA C++ kernels on a GPU (row dots only)
 neither                                       the torch backend, on the CPU
 """
 
@@ -17,7 +19,7 @@ from citi_kernels import environment
 BACKEND = environment.BACKEND or "torch"
 DEVICE = os.environ.get("CITI_TEST_DEVICE", "cpu")
 # the dtype in which an identity of the algebra is tested to rounding
-WIDEST = torch.float32 if BACKEND == "triton" else torch.float64
+WIDEST = torch.float32 if BACKEND in ("triton", "cuda") else torch.float64
 # steps that show whether results or memory drift; the interpreter takes 100 times longer for each
 REPEATS = 20 if environment.INTERPRETS else 250
 

@@ -116,12 +116,15 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _show_machine(console: Console) -> None:
     import torch
 
+    from citi_kernels import compiled
+
     table = _table("This machine", "part", "value")
     table.show_header = False
     _add_row(table, "system", f"{platform.system()} {platform.machine()}, Python {_python()}")
     features = _cpu_features()
     _add_row(table, "CPU", f"{os.cpu_count()} cores, {', '.join(features) or 'features unknown'}")
     _add_row(table, "torch threads", str(torch.get_num_threads()))
+    _add_row(table, "citi_kernels._C", compiled.description())
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

@@ -1,0 +1,44 @@
+#include "bindings/numbers.h"
+
+namespace citi {
+namespace {
+
+constexpr int64_t kMaxThreads = 4096;
+
+DType AsDType(const char* name, int32_t code) {
+  const DType dtype = static_cast<DType>(code);
+  if (!IsKnown(dtype)) {
+    Refuse(std::string(name) + ": dtype must be one of DTYPES, got " + std::to_string(code));
+  }
+  return dtype;
+}
+
+}  // namespace
+
+void Refuse(const std::string& problem) { throw pybind11::value_error(problem); }
+
+Matrix AsMatrix(const char* name, const MatrixNumbers& numbers) {
+  const auto& [data, num_bytes, dtype, row_stride, column_stride] = numbers;
+  return {reinterpret_cast<const void*>(data), num_bytes, AsDType(name, dtype), row_stride,
+          column_stride};
+}
+
+Vector AsVector(const char* name, const VectorNumbers& numbers) {
+  const auto& [data, num_bytes, dtype, size] = numbers;
+  return {reinterpret_cast<void*>(data), num_bytes, AsDType(name, dtype), size};
+}
+
+Vector AsVector(const char* name, const std::optional<VectorNumbers>& numbers) {
+  if (!numbers) return {nullptr, 0, DType::kBool, 0};
+  const Vector vector = AsVector(name, *numbers);
+  if (vector.data == nullptr) Refuse(std::string(name) + ": data must not be null");
+  return vector;
+}
+
+void CheckThreads(int64_t num_threads) {
+  if (num_threads < 1 || num_threads > kMaxThreads) {
+    Refuse("num_threads: must be in [1, 4096], got " + std::to_string(num_threads));
+  }
+}
+
+}  // namespace citi

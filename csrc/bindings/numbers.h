@@ -1,0 +1,40 @@
+// Numbers of Python as structs. Tensors come as tuples of their address, the bytes from there to
+// the end of their storage, their dtype as in DTYPES, and size or strides in elements.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "cpu/cpu_features.h"
+#include "tensors.h"
+
+namespace citi {
+
+// data, num_bytes, dtype, row_stride, column_stride
+using MatrixNumbers = std::tuple<uintptr_t, int64_t, int32_t, int64_t, int64_t>;
+// data, num_bytes, dtype, size
+using VectorNumbers = std::tuple<uintptr_t, int64_t, int32_t, int64_t>;
+
+[[noreturn]] void Refuse(const std::string& problem);
+
+Matrix AsMatrix(const char* name, const MatrixNumbers& numbers);
+Vector AsVector(const char* name, const VectorNumbers& numbers);
+Vector AsVector(const char* name, const std::optional<VectorNumbers>& numbers);
+
+void CheckThreads(int64_t num_threads);
+
+// The variant of the CPU kernels that runs.
+Variant VariantInUse();
+
+// An argument that is not converted: no float for an integer.
+inline pybind11::arg Strictly(const char* name) { return pybind11::arg(name).noconvert(); }
+
+// Each op adds its functions.
+void BindRowDots(pybind11::module_& module);
+
+}  // namespace citi

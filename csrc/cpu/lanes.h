@@ -1,0 +1,14 @@
+// Sixteen numbers side by side: `Floats` and `Doubles`, as the including file was compiled.
+//
+// The order of every sum is that of these lanes, and no multiplication is contracted with an
+// addition, so that all variants give the same bits. Everything has internal linkage: a function
+// that the linker took from the AVX512 variant would be the end of the others on an older CPU.
+#pragma once
+
+#if defined(CITI_AVX512)
+#include "cpu/lanes_avx512.h"
+#elif defined(CITI_AVX2)
+#include "cpu/lanes_avx2.h"
+#else
+#include "cpu/lanes_portable.h"
+#endif

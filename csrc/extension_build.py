@@ -1,0 +1,202 @@
+"""How `pip install` builds `citi_kernels._C`: the backend that pip calls, and what setup.py needs.
+
+    CITI_BUILD_CUDA   auto (default): CUDA kernels if nvcc is found; 1: nvcc is required; 0: none
+    CITI_CUDA_ARCHS   such as "80;90a" (default: 80;89;90a;100a, those that this nvcc knows); PTX of
+                      the newest is added, without its letter, so that GPUs to come can run it
+    CITI_WERROR       1: warnings of the compilers are errors, as in CI
+
+Without a C++ compiler the package installs as pure Python, and one line says so. CMake, ninja and
+pybind11 are asked of pip only where something can be built and they are not there already, so that
+an installation without network asks for setuptools alone. The build folder stays: a rebuild
+compiles what changed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.build_meta import (
+    build_editable,
+    build_sdist,
+    build_wheel,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, SetupError
+
+__all__ = [
+    "BuildExtension",
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "extensions",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_ARCHS = ("80", "89", "90a", "100a")
+REQUIREMENTS = {"cmake": "cmake>=3.24", "ninja": "ninja>=1.11", "pybind11": "pybind11>=3.0"}
+_ERROR = re.compile(r"\berror\b|CMake Error|nvcc fatal|ninja: fatal|undefined reference", re.I)
+
+
+def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
+    """The tools that are missing; setup.py, which would miss them as well, does not run for it."""
+    return [REQUIREMENTS[name] for name in _absent_tools()] if _has_compiler() else []
+
+
+def get_requires_for_build_sdist(config_settings: dict | None = None) -> list[str]:
+    """Nothing is built."""
+    return []
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
+
+
+def extensions() -> list[Extension]:
+    """The extension, or none, with a line that says why.
+
+    Raises:
+        SetupError: CITI_BUILD_CUDA has another value, or it is 1 and CUDA cannot be built.
+    """
+    wanted = os.environ.get("CITI_BUILD_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SetupError(f"CITI_BUILD_CUDA: want auto, 0 or 1, got {wanted!r}")
+    missing = _missing()
+    if wanted == "1" and (missing or not nvcc()):
+        what = missing or "nvcc is not on PATH, nor in CUDA_HOME"
+        raise SetupError(f"CITI_BUILD_CUDA=1 wants CUDA kernels, but {what}")
+    if missing:
+        print(f"citi-kernels: installed without citi_kernels._C: {missing}", flush=True)
+        return []
+    return [Extension("citi_kernels._C", sources=[])]
+
+
+class BuildExtension(build_ext):
+    """Builds with CMake and ninja, in a folder that stays."""
+
+    def build_extension(self, extension: Extension) -> None:
+        library = Path(self.get_ext_fullpath(extension.name)).resolve()
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "build.log"
+        log.write_text("")
+        version = self.distribution.get_version()
+        _run(_configure_command(folder, version), log)
+        _run(["cmake", "--build", str(folder)], log)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(folder / library.name, library)
+        print(f"citi-kernels: built {library}", flush=True)
+
+
+def nvcc() -> str | None:
+    """Path of the CUDA compiler: CUDACXX, PATH, CUDA_HOME, or where its installer puts it."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [os.environ.get("CUDACXX"), "nvcc"]
+    candidates += [str(Path(home) / "bin" / "nvcc") for home in homes if home]
+    return next(filter(None, (shutil.which(name) for name in candidates if name)), None)
+
+
+def cuda_archs(known: list[str]) -> list[str]:
+    """Architectures to build: those asked for, or of the default ones what nvcc knows.
+
+    Args:
+        known: what `nvcc --list-gpu-arch` prints, such as "compute_90"; names without letters.
+    Raises:
+        SetupError: an entry is no architecture.
+    """
+    asked = os.environ.get("CITI_CUDA_ARCHS")
+    if not asked:
+        return [arch for arch in DEFAULT_ARCHS if f"compute_{arch.rstrip('a')}" in known]
+    archs = [entry.removeprefix("sm_") for entry in re.split(r"[;,\s]+", asked.strip())]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch):
+            raise SetupError(f'CITI_CUDA_ARCHS: want names such as "80;90a", got {asked!r}')
+    return archs
+
+
+def first_error(output: str) -> str:
+    """The line of a build's output that matters."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    found = next((i for i, line in enumerate(lines) if _ERROR.search(line)), None)
+    if found is None:
+        return lines[-1] if lines else "no output"
+    # CMake says where in one line and what in the next
+    is_headline = lines[found].startswith("CMake Error") and lines[found].endswith(":")
+    return " ".join(lines[found : found + 1 + is_headline])
+
+
+def _configure_command(folder: Path, version: str) -> list[str]:
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(folder),
+        "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+        "Python_EXECUTABLE": sys.executable,
+        "CITI_PYBIND11_INCLUDE": str(_pybind11_headers(folder)),
+        "CITI_VERSION": version,
+        "CITI_BUILD_CUDA": "OFF",
+        "CITI_WERROR": "ON" if os.environ.get("CITI_WERROR") == "1" else "OFF",
+    }
+    compiler = nvcc()
+    if compiler and os.environ.get("CITI_BUILD_CUDA") != "0":
+        listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True)
+        archs = cuda_archs(listed.stdout.split())
+        options |= {
+            "CITI_BUILD_CUDA": "ON",
+            "CMAKE_CUDA_COMPILER": compiler,
+            "CITI_CUDA_ARCHS": ";".join(archs),
+            "CITI_CUDA_PTX": str(max(int(arch.rstrip("af")) for arch in archs)),
+        }
+    settings = [f"-D{name}={value}" for name, value in options.items()]
+    return ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *settings]
+
+
+def _pybind11_headers(folder: Path) -> Path:
+    """A copy in the build folder: pip's build environment, another each time, would rebuild all."""
+    import pybind11
+
+    headers = folder / f"pybind11-{pybind11.__version__}"
+    if not headers.is_dir():
+        partial = headers.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(pybind11.get_include(), partial)
+        partial.rename(headers)
+    return headers
+
+
+def _run(command: list[str], log: Path) -> None:
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with log.open("a") as file:
+        file.write(f"$ {' '.join(command)}\n{result.stdout}")
+    if result.returncode:
+        raise CompileError(f"{first_error(result.stdout)} (all of it: {log})")
+
+
+def _has_compiler() -> bool:
+    asked = os.environ.get("CXX")
+    names = (asked.split()[0],) if asked else ("c++", "g++", "clang++")
+    # on Windows CMake finds Visual Studio, which is on no PATH
+    return os.name == "nt" or any(map(shutil.which, names))
+
+
+def _absent_tools() -> list[str]:
+    absent = [name for name in ("cmake", "ninja") if shutil.which(name) is None]
+    return absent + ["pybind11"] * (importlib.util.find_spec("pybind11") is None)
+
+
+def _missing() -> str:
+    if not _has_compiler():
+        return "no C++ compiler is found (CXX, c++, g++ or clang++)"
+    absent = _absent_tools()
+    return f"{', '.join(absent)} not found; pip install {' '.join(absent)}" if absent else ""

@@ -1,0 +1,58 @@
+#include "tensors.h"
+
+namespace citi {
+namespace {
+
+bool IsAligned(const void* data, DType dtype) {
+  return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(SizeOf(dtype)) == 0;
+}
+
+// How far from the first to the last of n elements; -1: farther than any storage.
+int64_t Reach(int64_t n, int64_t stride) {
+  if (n == 1) return 0;
+  return stride > kMaxElements / (n - 1) ? -1 : (n - 1) * stride;
+}
+
+}  // namespace
+
+bool IsFloating(DType dtype) { return IsKnown(dtype) && dtype != DType::kBool; }
+
+bool Overlap(const Vector& one, const Vector& other) {
+  const auto first = reinterpret_cast<uintptr_t>(one.data);
+  const auto second = reinterpret_cast<uintptr_t>(other.data);
+  const auto first_size = static_cast<uintptr_t>(one.size * SizeOf(one.dtype));
+  const auto second_size = static_cast<uintptr_t>(other.size * SizeOf(other.dtype));
+  return first < second + second_size && second < first + first_size;
+}
+
+std::string InvalidMatrix(const std::string& name, const Matrix& matrix, int64_t num_rows,
+                          int64_t num_columns) {
+  if (!IsFloating(matrix.dtype)) return name + ": dtype must be floating";
+  if (matrix.data == nullptr) return name + ": data must not be null";
+  if (!IsAligned(matrix.data, matrix.dtype)) return name + ": data must be aligned to its dtype";
+  if (matrix.row_stride < 0 || matrix.column_stride < 0)
+    return name + ": strides must not be negative";
+  const int64_t rows = Reach(num_rows, matrix.row_stride);
+  const int64_t columns = Reach(num_columns, matrix.column_stride);
+  if (rows < 0 || columns < 0 || (rows + columns + 1) * SizeOf(matrix.dtype) > matrix.num_bytes) {
+    return name + ": shape and strides must stay within the " + std::to_string(matrix.num_bytes) +
+           " bytes of its storage";
+  }
+  return "";
+}
+
+std::string InvalidVector(const std::string& name, const Vector& vector, int64_t size) {
+  if (vector.data == nullptr) return name + ": data must not be null";
+  if (!IsAligned(vector.data, vector.dtype)) return name + ": data must be aligned to its dtype";
+  if (vector.size != size) {
+    return name + ": must have " + std::to_string(size) + " entries, got " +
+           std::to_string(vector.size);
+  }
+  if (size * SizeOf(vector.dtype) > vector.num_bytes) {
+    return name + ": must stay within the " + std::to_string(vector.num_bytes) +
+           " bytes of its storage";
+  }
+  return "";
+}
+
+}  // namespace citi

@@ -1,0 +1,41 @@
+// Tensors as kernels take them: an address, how far memory goes, dtype, size or strides in
+// elements; and what can be known to be wrong with one of them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "dtype.h"
+
+namespace citi {
+
+// Sums of two such numbers, times the size of an element, stay below 2^63.
+constexpr int64_t kMaxElements = int64_t{1} << 58;
+
+// num_bytes: from `data` to the end of its storage; nothing beyond is touched.
+struct Matrix {
+  const void* data;
+  int64_t num_bytes;
+  DType dtype;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+// Contiguous. data is null for an argument that is left out.
+struct Vector {
+  void* data;
+  int64_t num_bytes;
+  DType dtype;
+  int64_t size;
+};
+
+// What is wrong, beginning with the name, or "". Sizes are positive and at most kMaxElements.
+std::string InvalidMatrix(const std::string& name, const Matrix& matrix, int64_t num_rows,
+                          int64_t num_columns);
+std::string InvalidVector(const std::string& name, const Vector& vector, int64_t size);
+
+bool IsFloating(DType dtype);
+
+bool Overlap(const Vector& one, const Vector& other);
+
+}  // namespace citi

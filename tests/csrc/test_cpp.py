@@ -1,0 +1,58 @@
+"""The C++ tests, which need no Python: built once for each sanitizer, run by CTest."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ("cmake", "ctest", "ninja", "c++")
+PROGRAM = "#include <thread>\nint main() { std::thread([] {}).join(); }\n"
+
+
+def run(*command: str | Path, limit: int = 600) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=limit,
+    )
+
+
+def why_not(sanitizers: str, folder: Path) -> str:
+    """Why nothing built with these sanitizers runs here."""
+    if not sys.platform.startswith("linux"):
+        return "the C++ tests are built on Linux"
+    if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
+        return f"{', '.join(missing)} not found"
+    source, program = folder / "probe.cpp", folder / "probe"
+    source.write_text(PROGRAM)
+    built = run("c++", f"-fsanitize={sanitizers}", source, "-pthread", "-o", program)
+    result = built if built.returncode else run(program)
+    return f"-fsanitize={sanitizers}: {result.stdout[-300:]}" if result.returncode else ""
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"], ids=["asan_ubsan", "tsan"])
+def test_kernels_of_cpu_and_cuda_hold_on_the_cpu_under_sanitizers(
+    sanitizers: str, tmp_path: Path
+) -> None:
+    """Values, bits of every variant, layout and number of threads; CUDA kernels as host threads."""
+    if reason := why_not(sanitizers, tmp_path):
+        pytest.skip(reason)
+    options = ("BUILD_MODULE=OFF", "BUILD_TESTS=ON", "WERROR=ON")
+    commands = (
+        ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"]
+        + [f"-DCITI_{option}" for option in options]
+        + [f"-DCITI_SANITIZE={sanitizers}", "-DCITI_OPENMP=OFF"],
+        ["cmake", "--build", tmp_path / "build"],
+        ["ctest", "--test-dir", tmp_path / "build", "--output-on-failure"],
+    )
+    for command in commands:
+        result = run(*command)
+        assert result.returncode == 0, result.stdout[-4000:]
+    assert "tests passed, 0 tests failed out of 2" in result.stdout

@@ -1,0 +1,200 @@
+"""What an installation builds, what it asks of pip, and how it says that it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KNOWN = ["compute_75", "compute_80", "compute_89", "compute_90", "compute_100", "compute_120"]
+Hide = Callable[..., None]
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("setuptools") is None, reason="setuptools is not installed"
+)
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """csrc/extension_build.py, in an environment that chooses nothing."""
+    for name in ("CITI_BUILD_CUDA", "CITI_CUDA_ARCHS", "CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    specification = importlib.util.spec_from_file_location(
+        "extension_build", ROOT / "csrc" / "extension_build.py"
+    )
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def only(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Hide:
+    """Makes these the only programs that are found."""
+
+    def apply(*programs: str, pybind11: bool = True) -> None:
+        monkeypatch.setattr(
+            build.shutil, "which", lambda name: f"/bin/{name}" if name in programs else None
+        )
+        monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: pybind11 or None)
+        monkeypatch.setattr(build.os, "name", "posix")
+
+    return apply
+
+
+def test_without_a_compiler_nothing_is_built_nothing_asked_of_pip_and_one_line_says_why(
+    build: ModuleType, only: Hide, capsys: pytest.CaptureFixture
+) -> None:
+    only("cmake", "ninja")
+    assert build.extensions() == []
+    printed = capsys.readouterr().out
+    assert printed == (
+        "citi-kernels: installed without citi_kernels._C: no C++ compiler is found "
+        "(CXX, c++, g++ or clang++)\n"
+    )
+    assert build.get_requires_for_build_wheel() == []
+
+
+def test_only_missing_tools_are_asked_of_pip(build: ModuleType, only: Hide) -> None:
+    only("c++", "cmake", "ninja")
+    assert build.get_requires_for_build_wheel() == []
+    only("g++", pybind11=False)
+    assert build.get_requires_for_build_wheel() == ["cmake>=3.24", "ninja>=1.11", "pybind11>=3.0"]
+
+
+def test_without_build_isolation_a_missing_tool_is_named(
+    build: ModuleType, only: Hide, capsys: pytest.CaptureFixture
+) -> None:
+    only("c++", "cmake", pybind11=False)
+    assert build.extensions() == []
+    wanted = "ninja, pybind11 not found; pip install ninja pybind11\n"
+    assert capsys.readouterr().out.endswith(wanted)
+
+
+def test_with_a_compiler_there_is_one_extension(build: ModuleType, only: Hide) -> None:
+    only("c++", "cmake", "ninja")
+    assert [extension.name for extension in build.extensions()] == ["citi_kernels._C"]
+
+
+@pytest.mark.parametrize(
+    ("programs", "reason"),
+    [(("c++", "cmake", "ninja"), "nvcc is not on PATH"), (("nvcc",), "no C.. compiler is found")],
+    ids=["no_nvcc", "no_compiler"],
+)
+def test_cuda_that_is_asked_for_and_cannot_be_built_is_an_error(
+    build: ModuleType,
+    only: Hide,
+    monkeypatch: pytest.MonkeyPatch,
+    programs: tuple[str, ...],
+    reason: str,
+) -> None:
+    only(*programs)
+    monkeypatch.setenv("CITI_BUILD_CUDA", "1")
+    with pytest.raises(build.SetupError, match=f"CITI_BUILD_CUDA=1 wants CUDA.*{reason}"):
+        build.extensions()
+
+
+def test_a_wrong_setting_is_named(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CITI_BUILD_CUDA", "yes")
+    with pytest.raises(build.SetupError, match="CITI_BUILD_CUDA: want auto, 0 or 1, got 'yes'"):
+        build.extensions()
+    monkeypatch.setenv("CITI_CUDA_ARCHS", "hopper")
+    with pytest.raises(build.SetupError, match="CITI_CUDA_ARCHS: want names such as"):
+        build.cuda_archs(KNOWN)
+
+
+def test_architectures_are_those_asked_for_or_the_default_ones_that_nvcc_knows(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert build.cuda_archs(KNOWN) == ["80", "89", "90a", "100a"]
+    assert build.cuda_archs(KNOWN[:-2]) == ["80", "89", "90a"]
+    monkeypatch.setenv("CITI_CUDA_ARCHS", "sm_86; 120 90a")
+    assert build.cuda_archs(KNOWN) == ["86", "120", "90a"]
+
+
+def test_cuda_is_configured_when_nvcc_is_found_unless_it_is_refused(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("pybind11")
+    fake = tmp_path / "nvcc"
+    fake.write_text("#!/bin/sh\necho compute_80 compute_90\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(build, "nvcc", lambda: str(fake))
+    command = build._configure_command(tmp_path, "1.2")
+    assert {"-DCITI_BUILD_CUDA=ON", "-DCITI_CUDA_ARCHS=80;90a", "-DCITI_CUDA_PTX=90"} <= {*command}
+    assert "-DCITI_VERSION=1.2" in command
+    monkeypatch.setenv("CITI_BUILD_CUDA", "0")
+    assert "-DCITI_BUILD_CUDA=OFF" in build._configure_command(tmp_path, "1.2")
+
+
+LOGS = {
+    "compiler": (
+        "[1/4] Building CXX object a.o\nFAILED: a.o \n/usr/bin/c++ -Werror -c a.cpp\n"
+        "a.cpp:3:1: error: expected ';'\nninja: build stopped: subcommand failed.\n",
+        "a.cpp:3:1: error: expected ';'",
+    ),
+    "nvcc": (
+        "[1/4] Building CUDA object\nFAILED: k.o\nnvcc fatal   : Unsupported gpu architecture\n",
+        "nvcc fatal   : Unsupported gpu architecture",
+    ),
+    "linker": (
+        "[4/4] Linking\nld: a.o: undefined reference to `f'\ncollect2: error: ld returned 1\n",
+        "ld: a.o: undefined reference to `f'",
+    ),
+    "cmake": (
+        "-- Detecting\nCMake Error at CMakeLists.txt:20 (find_package):\n  Could not find Python\n",
+        "CMake Error at CMakeLists.txt:20 (find_package): Could not find Python",
+    ),
+    "no word of an error": ("one\ntwo\n", "two"),
+    "silence": ("", "no output"),
+}
+
+
+@pytest.mark.parametrize(("log", "line"), LOGS.values(), ids=LOGS)
+def test_the_line_that_matters_is_found(build: ModuleType, log: str, line: str) -> None:
+    assert build.first_error(log) == line
+
+
+def _copy_of_the_source(folder: Path) -> Path:
+    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("csrc", "citi_kernels", "python"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.jsonl.gz")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    return folder
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script is the compiler")
+@pytest.mark.parametrize("tool", ["cmake", "ninja"])
+def test_a_compiler_that_fails_ends_the_build_with_that_line(tool: str, tmp_path: Path) -> None:
+    """A real run of setup.py with CMake, and with a compiler that finds fault with our source."""
+    pytest.importorskip("pybind11")
+    if missing := [name for name in ("cmake", "ninja", "c++") if shutil.which(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not found")
+    source = _copy_of_the_source(tmp_path)
+    broken = source / ("CMakeLists.txt" if tool == "cmake" else "csrc/cpu/cpu_features.cpp")
+    word = "project(citi_kernels" if tool == "cmake" else "namespace citi {"
+    broken.write_text(broken.read_text().replace(word, f"nonsense {word}", 1))
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "out")],
+        cwd=source,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        env=os.environ | {"CITI_BUILD_CUDA": "0"},
+    )
+    assert result.returncode != 0
+    last = result.stdout.splitlines()[-1]
+    wanted = "CMake Error at CMakeLists.txt" if tool == "cmake" else "cpu_features.cpp:3:1: error: "
+    assert last.startswith("error: ")
+    assert wanted in last
+    assert "(all of it: " in last
+    assert "build.log)" in last
