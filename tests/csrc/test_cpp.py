@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -55,4 +56,4 @@ def test_kernels_of_cpu_and_cuda_hold_on_the_cpu_under_sanitizers(
     for command in commands:
         result = run(*command)
         assert result.returncode == 0, result.stdout[-4000:]
-    assert "tests passed, 0 tests failed out of 2" in result.stdout
+    assert re.search(r"tests passed, 0 tests failed out of [1-9]", result.stdout)
