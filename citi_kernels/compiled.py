@@ -1,8 +1,8 @@
 """The compiled extension `citi_kernels._C`: whether it is there, and tensors as it takes them.
 
 `_C` knows no torch: a tensor goes in as its address, the bytes from there to the end of its storage
-and its dtype; `_C` refuses what does not stay within them. A missing or broken `_C` is no error:
-the backends that need it say why they cannot run.
+and its dtype; `_C` refuses what does not stay within them. A missing, broken or stale `_C` is no
+error: the backends that need it say why they cannot run.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from citi_kernels import environment
+from citi_kernels.source_digest import source_digest
 
 _NAME = "citi_kernels._C"
 
@@ -40,9 +42,15 @@ def extension() -> ModuleType:
     return module
 
 
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether `_C` has kernels for the dtypes of all of them."""
-    return all(tensor is None or tensor.dtype in _codes() for tensor in tensors)
+def why_slow() -> str | None:
+    """Why the torch backend is faster than "native" here, or None; CITI_CPU_FEATURES overrides."""
+    module, _ = _load()
+    if module is None or environment.CPU_FEATURES or module.cpu_features[0] != "portable":
+        return None
+    return (
+        "this CPU or build has neither AVX2 nor AVX512, without which the torch backend is faster "
+        "(CITI_CPU_FEATURES=portable runs it all the same)"
+    )
 
 
 def matrix(tensor: Tensor) -> tuple[int, int, int, int, int]:
@@ -56,6 +64,14 @@ def vector(tensor: Tensor | None) -> tuple[int, int, int, int] | None:
         return None
     assert tensor.is_contiguous()
     return (*_place(tensor), tensor.numel())
+
+
+def indices(tensor: Tensor) -> tuple[int, int, int]:
+    """What `_C` takes for a contiguous tensor of int32."""
+    assert tensor.is_contiguous()
+    assert tensor.dtype == torch.int32
+    num_bytes = tensor.untyped_storage().nbytes() - tensor.storage_offset() * 4
+    return tensor.data_ptr(), num_bytes, tensor.numel()
 
 
 def description() -> str:
@@ -88,6 +104,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
         if importlib.util.find_spec(_NAME) is None:
             return None, f"{_NAME} is not built in this installation"
         module = importlib.import_module(_NAME)
+        sources = source_digest(Path(__file__).resolve().parents[1])
+        if sources not in (None, getattr(module, "sources", "")):
+            return None, f"{_NAME} was built from other sources than these; pip install again"
         module.use_cpu_variant(environment.CPU_FEATURES)
     except ModuleNotFoundError:  # from a finder that hides it
         return None, f"{_NAME} is not built in this installation"

@@ -2,8 +2,11 @@
 
 CITI_BACKEND      the backend every op must use (see `citi_kernels.backends`); empty: no choice.
 TRITON_INTERPRET  1: Triton interprets its kernels, so the backend "triton" runs on the CPU.
-CITI_CPU_FEATURES which C++ kernels the backend "native" runs: avx512, avx2 or portable; empty: the
-                  widest that this CPU has. The results are the same to the bit.
+CITI_CPU_FEATURES which C++ kernels the backend "native" runs: avx512_bf16, avx512, avx2 or
+                  portable; empty: the widest that this CPU has. Row dots are the same to the bit,
+                  MOLoRA's results to rounding.
+CITI_EXTENDED_GEMM 1: the backend "cuda" computes the base product and the update in one GEMM of
+                  ours where it can (Hopper), not by cuBLAS and an update in place. Off until timed.
 """
 
 from __future__ import annotations
@@ -13,3 +16,4 @@ import os
 BACKEND: str | None = os.environ.get("CITI_BACKEND") or None
 INTERPRETS: bool = os.environ.get("TRITON_INTERPRET") == "1"
 CPU_FEATURES: str = os.environ.get("CITI_CPU_FEATURES", "")
+EXTENDED_GEMM: bool = os.environ.get("CITI_EXTENDED_GEMM") == "1"

@@ -145,6 +145,7 @@ def _configure_command(folder: Path, version: str) -> list[str]:
         "Python_EXECUTABLE": sys.executable,
         "CITI_PYBIND11_INCLUDE": str(_pybind11_headers(folder)),
         "CITI_VERSION": version,
+        "CITI_SOURCES": _source_digest(),
         "CITI_BUILD_CUDA": "OFF",
         "CITI_WERROR": "ON" if os.environ.get("CITI_WERROR") == "1" else "OFF",
     }
@@ -160,6 +161,15 @@ def _configure_command(folder: Path, version: str) -> list[str]:
         }
     settings = [f"-D{name}={value}" for name, value in options.items()]
     return ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *settings]
+
+
+def _source_digest() -> str:
+    """By a file of the package that stands alone; the package itself needs torch."""
+    path = ROOT / "citi_kernels" / "source_digest.py"
+    specification = importlib.util.spec_from_file_location("source_digest", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.source_digest(ROOT)
 
 
 def _pybind11_headers(folder: Path) -> Path:

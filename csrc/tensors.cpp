@@ -28,6 +28,7 @@ bool Overlap(const Vector& one, const Vector& other) {
 std::string InvalidMatrix(const std::string& name, const Matrix& matrix, int64_t num_rows,
                           int64_t num_columns) {
   if (!IsFloating(matrix.dtype)) return name + ": dtype must be floating";
+  if (num_rows == 0 || num_columns == 0) return "";
   if (matrix.data == nullptr) return name + ": data must not be null";
   if (!IsAligned(matrix.data, matrix.dtype)) return name + ": data must be aligned to its dtype";
   if (matrix.row_stride < 0 || matrix.column_stride < 0)
@@ -42,6 +43,7 @@ std::string InvalidMatrix(const std::string& name, const Matrix& matrix, int64_t
 }
 
 std::string InvalidVector(const std::string& name, const Vector& vector, int64_t size) {
+  if (size == 0 && vector.size == 0) return "";
   if (vector.data == nullptr) return name + ": data must not be null";
   if (!IsAligned(vector.data, vector.dtype)) return name + ": data must be aligned to its dtype";
   if (vector.size != size) {

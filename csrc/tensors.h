@@ -29,7 +29,8 @@ struct Vector {
   int64_t size;
 };
 
-// What is wrong, beginning with the name, or "". Sizes are positive and at most kMaxElements.
+// What is wrong, beginning with the name, or "". Sizes are at most kMaxElements; without an element
+// there is no address to check.
 std::string InvalidMatrix(const std::string& name, const Matrix& matrix, int64_t num_rows,
                           int64_t num_columns);
 std::string InvalidVector(const std::string& name, const Vector& vector, int64_t size);

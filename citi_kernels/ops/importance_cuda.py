@@ -1,10 +1,16 @@
 """Backend "cuda" of the importance ops: CUDA C++, in `citi_kernels._C`. Not yet run on a GPU.
 
-Only `accumulate_row_dots_`, in fp32, bf16 and fp16; where another input is fp64 or narrower than 16
-bits, the torch backend runs. Two kernels, no atomics: the cut of the tokens follows from the shape
-alone, so that every GPU sums in the same order.
+    op                             when                                       what runs
+    accumulate_row_dots_           always                                     `row_dots.cu`
+    accumulate_parameter_scores_   (1, 1), (P, 1), (1, Q) or (N, K) scores    `parameter_scores.cu`
+                                   blocks: more than one segment either way   the torch backend
 
-Shape suffixes: T tokens, F features, S segments, C parts of the tokens.
+In fp32, bf16 and fp16; where another input is fp64 or narrower than 16 bits, the torch backend
+runs. Each is two kernels, no atomics: the cut of the tokens, or of the weight, follows from the
+shape alone, so that every GPU sums in the same order. Scores of elements need no second kernel.
+
+Shape suffixes: T tokens, F features, S segments, C parts of the tokens; K in-features, N
+out-features, P segments of rows, Q of columns.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ def accumulate_row_dots_(
     signed: bool,
 ) -> None:
     """See `importance_row_dots.accumulate_row_dots_`."""
-    if a_TF.dtype not in _DTYPES or b_TF.dtype not in _DTYPES:
+    if not _are_taken(a_TF, b_TF):
         importance_torch.accumulate_row_dots_(scores_S, a_TF, b_TF, valid_T, offset_F, signed)
         return
     extension, device = compiled.extension(), a_TF.device
@@ -56,3 +62,47 @@ def accumulate_row_dots_(
         device=device.index,
         stream=torch.cuda.current_stream(device).cuda_stream,
     )
+
+
+def accumulate_parameter_scores_(
+    scores_PQ: Tensor,
+    weight_NK: Tensor,
+    x_TK: Tensor,
+    g_TN: Tensor,
+    valid_T: Tensor | None,
+    per_token: bool,
+    scale: float,
+    seed: int,
+) -> None:
+    """See `importance_parameters.accumulate_parameter_scores_`."""
+    are_blocks = min(scores_PQ.shape) > 1 and scores_PQ.shape != weight_NK.shape
+    if are_blocks or not _are_taken(weight_NK, x_TK, g_TN):
+        importance_torch.accumulate_parameter_scores_(
+            scores_PQ, weight_NK, x_TK, g_TN, valid_T, per_token, scale, seed
+        )
+        return
+    extension, device = compiled.extension(), x_TK.device
+    shape, scores_shape = (x_TK.shape[0], *weight_NK.shape), tuple(scores_PQ.shape)
+    num_parts = extension.parameter_scores_cuda_parts(shape, scores_shape)
+    # names of ours keep these alive until the launch
+    parts = scores_PQ.new_empty(num_parts, dtype=torch.float32) if num_parts else None
+    valid_T = None if valid_T is None else valid_T.contiguous()
+    extension.accumulate_parameter_scores_cuda(
+        shape=shape,
+        scores_shape=scores_shape,
+        scores=compiled.vector(scores_PQ),
+        weight=compiled.matrix(weight_NK),
+        x=compiled.matrix(x_TK),
+        g=compiled.matrix(g_TN),
+        valid=compiled.vector(valid_T),
+        is_per_token=per_token,
+        scale=float(scale),
+        seed=seed,
+        parts=compiled.vector(parts),
+        device=device.index,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+    )
+
+
+def _are_taken(*tensors: Tensor) -> bool:
+    return all(each.dtype in _DTYPES for each in tensors)

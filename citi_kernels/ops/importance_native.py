@@ -1,10 +1,16 @@
 """Backend "native" of the importance ops: C++ for the CPU, in `citi_kernels._C`.
 
-Only `accumulate_row_dots_`. One pass over both matrices, whatever their dtypes and strides: no copy
-in fp32, no product in memory. Tokens are cut into parts by the shape alone and summed in a fixed
-order, so that neither the number of threads, nor the CPU, nor the strides change a bit.
+    accumulate_row_dots_           one pass over both matrices, whatever their dtypes and strides:
+                                   no copy in fp32, no product in memory
+    accumulate_parameter_scores_   products by the library, as the torch backend; each tile of them
+                                   is multiplied by the weight and reduced in one pass
 
-Shape suffixes: T tokens, F features, S segments, C parts of the tokens.
+Tokens, or the rows of a tile, are cut into parts by the shape alone and summed in a fixed order, so
+that of these sums neither the number of threads, nor the CPU, nor the strides change a bit. Where
+the weight or g is fp64, the torch backend runs.
+
+Shape suffixes: T tokens, F features, S segments, C parts of the tokens; K in-features, N
+out-features, P segments of rows, Q of columns.
 """
 
 from __future__ import annotations
@@ -15,12 +21,16 @@ from torch import Tensor
 from citi_kernels import compiled
 from citi_kernels.ops import importance_torch
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# of the machine; asked once, where dynamo does not look
+_WHY_SLOW = compiled.why_slow()
+
 
 def refuses(x: Tensor) -> str | None:
     """Why x cannot be taken, or None."""
-    if not compiled.takes(x):
+    if x.dtype not in _DTYPES:
         return f"it computes in fp32, bf16, fp16 and fp64, got {x.dtype}"
-    return None
+    return _WHY_SLOW
 
 
 def accumulate_row_dots_(
@@ -32,7 +42,7 @@ def accumulate_row_dots_(
     signed: bool,
 ) -> None:
     """See `importance_row_dots.accumulate_row_dots_`."""
-    if not compiled.takes(b_TF):
+    if b_TF.dtype not in _DTYPES:
         importance_torch.accumulate_row_dots_(scores_S, a_TF, b_TF, valid_T, offset_F, signed)
         return
     extension = compiled.extension()
@@ -54,4 +64,57 @@ def accumulate_row_dots_(
         is_signed=signed,
         parts=compiled.vector(parts_CS),
         num_threads=torch.get_num_threads(),
+    )
+
+
+def accumulate_parameter_scores_(
+    scores_PQ: Tensor,
+    weight_NK: Tensor,
+    x_TK: Tensor,
+    g_TN: Tensor,
+    valid_T: Tensor | None,
+    per_token: bool,
+    scale: float,
+    seed: int,
+) -> None:
+    """See `importance_parameters.accumulate_parameter_scores_`."""
+    is_wide = torch.float64 in (weight_NK.dtype, g_TN.dtype)
+    if is_wide or not all(each.dtype in _DTYPES for each in (weight_NK, x_TK, g_TN)):
+        importance_torch.accumulate_parameter_scores_(
+            scores_PQ, weight_NK, x_TK, g_TN, valid_T, per_token, scale, seed
+        )
+        return
+    segments = tuple(scores_PQ.shape)
+    lengths = weight_NK.shape[0] // segments[0], weight_NK.shape[1] // segments[1]
+    tiles = importance_torch.gradient_tiles(x_TK, g_TN, valid_T, per_token, lengths)
+    for rows, columns, gradient in tiles:
+        weight = weight_NK[rows, columns]
+        _accumulate_score_tile_(
+            scores_PQ,
+            gradient,
+            # rows are read from their first to their last byte
+            weight if weight.stride(1) == 1 else weight.contiguous(),
+            scale=float(scale),
+            seed=seed,
+            begin=(rows.start, columns.start),
+            segments=segments,
+            lengths=lengths,
+        )
+
+
+def _accumulate_score_tile_(
+    scores_PQ: Tensor, gradient: Tensor, weight: Tensor, **numbers: object
+) -> None:
+    extension = compiled.extension()
+    sizes = {name: numbers[name] for name in ("begin", "segments", "lengths")}
+    num_sums = extension.score_tile_sums(shape=tuple(gradient.shape), **sizes)
+    sums = scores_PQ.new_empty(num_sums, dtype=torch.float64) if num_sums else None
+    extension.accumulate_score_tile(
+        shape=tuple(gradient.shape),
+        gradient=compiled.matrix(gradient),
+        weight=compiled.matrix(weight),
+        scores=compiled.vector(scores_PQ),
+        sums=compiled.vector(sums),
+        num_threads=torch.get_num_threads(),
+        **numbers,
     )

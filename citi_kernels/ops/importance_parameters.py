@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from citi_kernels import backends
-from citi_kernels.ops import importance_torch, importance_triton
+from citi_kernels.ops import (
+    importance_cuda,
+    importance_native,
+    importance_torch,
+    importance_triton,
+)
 from citi_kernels.ops.importance_checks import (
     check_accumulator,
     check_device,
@@ -133,3 +138,5 @@ def _check(scores: Tensor, weight: Tensor, x: Tensor, g: Tensor, valid: Tensor |
 backends.register(OP, "reference", importance_torch.Definition)
 backends.register(OP, "torch", importance_torch)
 backends.register(OP, "triton", importance_triton, refuses=importance_triton.refuses)
+backends.register(OP, "native", importance_native, refuses=importance_native.refuses)
+backends.register(OP, "cuda", importance_cuda, refuses=importance_cuda.refuses)

@@ -80,20 +80,40 @@ def accumulate_parameter_scores_(
 ) -> None:
     """See `importance_parameters.accumulate_parameter_scores_`."""
     num_out, num_in = weight_NK.shape
-    num_rows, num_columns = scores_PQ.shape
-    row_segment, column_segment = num_out // num_rows, num_in // num_columns
+    segments = num_out // scores_PQ.shape[0], num_in // scores_PQ.shape[1]
     dtype = _wide_dtype(weight_NK, g_TN)
+    # stochastic rounding makes more passes over a tile
+    is_rounded = scores_PQ.dtype == torch.bfloat16
+    most = _ROUNDED_TILE_ELEMENTS if is_rounded else _TILE_ELEMENTS
+    tiles = gradient_tiles(x_TK, g_TN, valid_T, per_token, segments, most_elements=most)
+    for rows, columns, gradient_NK in tiles:
+        tile_NK = gradient_NK.to(dtype).mul_(weight_NK[rows, columns]).abs_()
+        if scale != 1.0:
+            tile_NK *= scale
+        _reduce_(scores_PQ, tile_NK, rows, columns, *segments, seed)
+
+
+def gradient_tiles(
+    x_TK: Tensor,
+    g_TN: Tensor,
+    valid_T: Tensor | None,
+    per_token: bool,
+    segments: tuple[int, int],
+    most_elements: int | None = None,
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """gᵀx tile by tile: rows, columns, and their part, contiguous, of `_gradient_tile`'s dtype.
+
+    A tile holds whole segments, so many rows and columns, or lies within one, in both directions.
+    """
+    num_out, num_in = g_TN.shape[1], x_TK.shape[1]
     is_plain = valid_T is None and not per_token and x_TK.dtype == g_TN.dtype
     is_plain = is_plain and x_TK.is_contiguous()
-    for columns in _column_blocks(num_in, column_segment, x_TK.shape[0], whole=is_plain):
+    for columns in _column_blocks(num_in, segments[1], x_TK.shape[0], whole=is_plain):
         x = _operand(x_TK[:, columns], valid_T, per_token, g_TN.dtype)
-        step = _rows_per_tile(num_out, x.shape[1], scores_PQ.dtype)
-        for rows in _row_tiles(num_out, row_segment, step):
+        step = _rows_per_tile(num_out, x.shape[1], most_elements or _TILE_ELEMENTS)
+        for rows in _row_tiles(num_out, segments[0], step):
             g = _operand(g_TN[:, rows], valid_T, per_token, g_TN.dtype)
-            tile_NK = _gradient_tile(x, g).to(dtype).mul_(weight_NK[rows, columns]).abs_()
-            if scale != 1.0:
-                tile_NK *= scale
-            _reduce_(scores_PQ, tile_NK, rows, columns, row_segment, column_segment, seed)
+            yield rows, columns, _gradient_tile(x, g)
 
 
 def _reduce_(
@@ -165,11 +185,9 @@ def _row_tiles(size: int, segment: int, step: int) -> Iterator[slice]:
             yield slice(start, min(start + step, first + segment))
 
 
-def _rows_per_tile(num_out: int, num_in: int, dtype: torch.dtype) -> int:
+def _rows_per_tile(num_out: int, num_in: int, most_elements: int) -> int:
     """At most half of the rows: even a small weight never has its whole gradient in memory."""
-    # stochastic rounding makes more passes over a tile
-    elements = _ROUNDED_TILE_ELEMENTS if dtype == torch.bfloat16 else _TILE_ELEMENTS
-    return max(1, min(elements // max(1, num_in), num_out // 2))
+    return max(1, min(most_elements // max(1, num_in), num_out // 2))
 
 
 def _operand(part: Tensor, valid_T: Tensor | None, per_token: bool, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from citi_kernels import backends
 from citi_kernels.ops import (
+    molora_linear_cuda,
+    molora_linear_native,
     molora_linear_reference,
     molora_linear_torch,
     molora_linear_triton,
@@ -27,8 +29,12 @@ from citi_kernels.ops.molora_linear_reference import gate_dtype, molora_linear_r
 backends.register("molora_linear", "reference", molora_linear_reference)
 backends.register("molora_linear", "torch", molora_linear_torch)
 backends.register(
+    "molora_linear", "native", molora_linear_native, refuses=molora_linear_native.refuses
+)
+backends.register(
     "molora_linear", "triton", molora_linear_triton, refuses=molora_linear_triton.refuses
 )
+backends.register("molora_linear", "cuda", molora_linear_cuda, refuses=molora_linear_cuda.refuses)
 
 
 def molora_linear(

@@ -52,7 +52,7 @@ def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tens
     x_TK = operands.x
     saved = empty_saved(x_TK, operands.a, settings)
     routing = routing_of(saved, settings)
-    has_base, sum_dtype = operands.weight is not None, _sum_dtype(x_TK.dtype, settings)
+    has_base, sum_dtype = operands.weight is not None, sum_dtype_of(x_TK.dtype, settings)
     if has_base:
         y_TN = F.linear(x_TK, operands.weight, operands.bias).to(sum_dtype)
     else:
@@ -134,7 +134,7 @@ def _input_gradient(
 
     if dy_TN is None:
         return dlogits_TG @ operands.router.to(dlogits_TG.dtype)
-    has_base, sum_dtype = operands.weight is not None, _sum_dtype(dy_TN.dtype, settings)
+    has_base, sum_dtype = operands.weight is not None, sum_dtype_of(dy_TN.dtype, settings)
     if has_base:
         dx_TK = (dy_TN @ operands.weight).to(sum_dtype)
     else:
@@ -145,7 +145,7 @@ def _input_gradient(
     return dx_TK.to(dy_TN.dtype)
 
 
-def _sum_dtype(dtype: torch.dtype, settings: Settings) -> torch.dtype:
+def sum_dtype_of(dtype: torch.dtype, settings: Settings) -> torch.dtype:
     """Of the sum over the choices, which is rounded to it at each: fp32 where they are many."""
     return dtype if settings.top_k <= _MAX_ROUNDINGS else torch.float32
 

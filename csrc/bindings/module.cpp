@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, module) {
   using namespace pybind11::literals;  // NOLINT: names of arguments
 
   module.attr("version") = CITI_VERSION;
+  module.attr("sources") = CITI_SOURCES;
   module.attr("built_with") = citi::BuiltWith();
   module.attr("cpu_features") = citi::NamesOfRunnableVariants();
   module.attr("DTYPES") = py::dict("float32"_a = static_cast<int>(citi::DType::kFloat32),
@@ -61,5 +62,13 @@ PYBIND11_MODULE(_C, module) {
                                    "float64"_a = static_cast<int>(citi::DType::kFloat64),
                                    "bool"_a = static_cast<int>(citi::DType::kBool));
   module.def("use_cpu_variant", citi::UseCpuVariant, citi::Strictly("name"));
+  citi::BindMolora(module);
   citi::BindRowDots(module);
+  citi::BindScoreTile(module);
+  citi::BindParameterScores(module);
+#if defined(CITI_CUDA)
+  citi::BindExtendedGemm(module);
+  citi::BindGrouped(module);
+  citi::BindSkinny(module);
+#endif
 }

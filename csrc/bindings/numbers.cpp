@@ -23,6 +23,11 @@ Matrix AsMatrix(const char* name, const MatrixNumbers& numbers) {
           column_stride};
 }
 
+Matrix AsMatrix(const char* name, const std::optional<MatrixNumbers>& numbers) {
+  if (!numbers) return {nullptr, 0, DType::kBool, 0, 0};
+  return AsMatrix(name, *numbers);
+}
+
 Vector AsVector(const char* name, const VectorNumbers& numbers) {
   const auto& [data, num_bytes, dtype, size] = numbers;
   return {reinterpret_cast<void*>(data), num_bytes, AsDType(name, dtype), size};
@@ -31,7 +36,8 @@ Vector AsVector(const char* name, const VectorNumbers& numbers) {
 Vector AsVector(const char* name, const std::optional<VectorNumbers>& numbers) {
   if (!numbers) return {nullptr, 0, DType::kBool, 0};
   const Vector vector = AsVector(name, *numbers);
-  if (vector.data == nullptr) Refuse(std::string(name) + ": data must not be null");
+  if (vector.data == nullptr && vector.size != 0)
+    Refuse(std::string(name) + ": data must not be null");
   return vector;
 }
 

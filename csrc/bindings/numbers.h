@@ -23,6 +23,7 @@ using VectorNumbers = std::tuple<uintptr_t, int64_t, int32_t, int64_t>;
 [[noreturn]] void Refuse(const std::string& problem);
 
 Matrix AsMatrix(const char* name, const MatrixNumbers& numbers);
+Matrix AsMatrix(const char* name, const std::optional<MatrixNumbers>& numbers);
 Vector AsVector(const char* name, const VectorNumbers& numbers);
 Vector AsVector(const char* name, const std::optional<VectorNumbers>& numbers);
 
@@ -35,6 +36,13 @@ Variant VariantInUse();
 inline pybind11::arg Strictly(const char* name) { return pybind11::arg(name).noconvert(); }
 
 // Each op adds its functions.
+void BindMolora(pybind11::module_& module);
 void BindRowDots(pybind11::module_& module);
+void BindScoreTile(pybind11::module_& module);
+void BindParameterScores(pybind11::module_& module);
+// With CUDA alone.
+void BindExtendedGemm(pybind11::module_& module);
+void BindGrouped(pybind11::module_& module);
+void BindSkinny(pybind11::module_& module);
 
 }  // namespace citi

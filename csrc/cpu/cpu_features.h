@@ -6,7 +6,7 @@
 
 namespace citi {
 
-enum class Variant { kPortable, kAvx2, kAvx512 };
+enum class Variant { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 // Variants that this build has and this CPU can run, the widest first; the last is "portable".
 std::vector<Variant> RunnableVariants();

@@ -1,7 +1,8 @@
 // Sixteen numbers side by side: `Floats` and `Doubles`, as the including file was compiled.
 //
 // The order of every sum is that of these lanes, and no multiplication is contracted with an
-// addition, so that all variants give the same bits. Everything has internal linkage: a function
+// addition, so that all variants give the same bits; but for `MultiplyAdd`, which rounds once where
+// the CPU can. Everything has internal linkage: a function
 // that the linker took from the AVX512 variant would be the end of the others on an older CPU.
 #pragma once
 

@@ -19,7 +19,11 @@ struct Floats {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
   }
   static Floats Load(const Float16* from) { return {_mm512_cvtph_ps(Bits(from))}; }
+  static Floats Broadcast(float value) { return {_mm512_set1_ps(value)}; }
   void Store(float* to) const { _mm512_storeu_ps(to, all); }
+  void Store(BFloat16* to) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), Bits16(all));
+  }
   Floats Abs() const { return {_mm512_abs_ps(all)}; }
   friend Floats operator+(const Floats& x, const Floats& y) {
     return {_mm512_add_ps(x.all, y.all)};
@@ -35,6 +39,27 @@ struct Floats {
   static __m256i Bits(const void* from) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));
   }
+#if defined(CITI_AVX512_BF16)
+  // Subnormal results become 0.
+  static __m256i Bits16(__m512 x) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(x);
+    __m256i bits;
+    std::memcpy(&bits, &rounded, sizeof bits);
+    return bits;
+  }
+#else
+  // As Rounded<BFloat16>.
+  static __m256i Bits16(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i top = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+    const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i nan = _mm512_or_si512(top, _mm512_set1_epi32(0x40));
+    return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(is_nan, nearest, nan));
+  }
+#endif
 };
 
 struct Doubles {
@@ -60,6 +85,10 @@ struct Doubles {
     return {_mm512_mul_pd(x.low, y.low), _mm512_mul_pd(x.high, y.high)};
   }
 };
+
+inline Floats MultiplyAdd(const Floats& x, const Floats& y, const Floats& sum) {
+  return {_mm512_fmadd_ps(x.all, y.all, sum.all)};
+}
 
 inline Doubles Widen(const Floats& x) {
   const __m512d as_doubles = _mm512_castps_pd(x.all);

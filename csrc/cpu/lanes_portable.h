@@ -31,8 +31,14 @@ struct PortableLanes {
   static PortableLanes Load(const Float16* from) {
     return Each([=](int i) { return ToFloat(from[i]); });
   }
+  static PortableLanes Broadcast(Number value) {
+    return Each([=](int) { return value; });
+  }
   void Store(Number* to) const {
     for (int i = 0; i < 16; ++i) to[i] = values[i];
+  }
+  void Store(BFloat16* to) const {
+    for (int i = 0; i < 16; ++i) to[i] = Rounded<BFloat16>(values[i]);
   }
   PortableLanes Abs() const {
     return Each([this](int i) { return std::fabs(values[i]); });
@@ -50,6 +56,10 @@ struct PortableLanes {
 
 using Floats = PortableLanes<float>;
 using Doubles = PortableLanes<double>;
+
+inline Floats MultiplyAdd(const Floats& x, const Floats& y, const Floats& sum) {
+  return x * y + sum;
+}
 
 inline Doubles Widen(const Floats& x) {
   return Doubles::Each([&](int i) { return static_cast<double>(x.values[i]); });

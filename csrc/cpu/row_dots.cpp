@@ -20,6 +20,7 @@ int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
 RowDotsOfTokens* Select(Variant variant) {
   switch (variant) {
 #if defined(CITI_X86_VARIANTS)
+    case Variant::kAvx512Bf16:
     case Variant::kAvx512:
       return RowDotsOfTokensAvx512;
     case Variant::kAvx2:

@@ -43,7 +43,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "AdapterError",
     "MoLoraConfig",

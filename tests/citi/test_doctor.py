@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from citi.command_line import app
 from citi.command_line import doctor as doctor_module
-from citi_kernels import compiled
+from citi_kernels import backends, compiled
 
 
 def doctor() -> Result:
@@ -30,9 +30,11 @@ def test_it_shows_versions_the_machine_and_the_backend_of_each_op() -> None:
         assert importlib.metadata.version(name) in result.stdout
     words = " ".join(result.stdout.split())
     device = doctor_module._device()
-    taken = "torch" if device == "cpu" else "triton"
+    taken = "triton"
+    if device == "cpu":
+        taken = "torch" if compiled.why_missing("native") else "native"
     assert f"Backends, for {device} tensors: the fastest that runs here" in words
-    assert f"citi::molora_linear {taken} native: " in words
+    assert f"citi::molora_linear {taken} " in words
     assert "Everything that is needed works." in result.stdout
 
 
@@ -45,6 +47,11 @@ def test_without_the_extension_it_says_so_and_nothing_is_broken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(compiled, "_load", lambda: (None, "nothing was compiled"))
+    without = {
+        op: {name: entry for name, entry in entries.items() if name not in ("native", "cuda")}
+        for op, entries in backends._registry.items()
+    }
+    monkeypatch.setattr(backends, "_registry", without)
     result = doctor()
     assert result.exit_code == 0
     assert "citi_kernels._C not in use: nothing was compiled" in " ".join(result.stdout.split())

@@ -22,6 +22,10 @@ from citi_kernels import (
 )
 from citi_kernels.testing import random_case
 
+# what runs molora_linear on the CPU here, the fastest first
+ON_THE_CPU = ("torch",) if compiled.why_missing("native") else ("native", "torch")
+FASTEST = ON_THE_CPU[0]
+
 
 @pytest.fixture
 def an_op(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
@@ -34,13 +38,13 @@ def an_op(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_names_are_those_of_the_design() -> None:
     assert backends.BACKENDS == ("reference", "torch", "native", "triton", "cuda")
-    assert available_backends("molora_linear") == ("reference", "torch")
-    # of all ops that were imported; "native" where the extension is built
-    assert set(available_backends()) - {"native"} == {"reference", "torch"}
+    assert set(available_backends("molora_linear")) == {"reference", *ON_THE_CPU}
+    # of all ops that were imported
+    assert set(available_backends()) == {"reference", *ON_THE_CPU}
 
 
 def test_without_a_choice_the_fastest_runs_and_never_the_reference() -> None:
-    assert backends.choose("molora_linear", torch.ones(1)) == "torch"
+    assert backends.choose("molora_linear", torch.ones(1)) == FASTEST
 
 
 def test_use_backend_nests_and_restores_also_after_an_exception() -> None:
@@ -55,7 +59,7 @@ def test_use_backend_nests_and_restores_also_after_an_exception() -> None:
         again = use_backend("torch")
         with again, again:
             assert backends.choose("molora_linear", x) == "torch"
-    assert backends.choose("molora_linear", x) == "torch"
+    assert backends.choose("molora_linear", x) == FASTEST
 
 
 def test_an_unknown_name_lists_the_names() -> None:
@@ -67,7 +71,8 @@ def test_an_unknown_name_lists_the_names() -> None:
 def test_a_backend_no_op_has_is_refused_with_the_reason(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only = {"molora_linear": backends._registry["molora_linear"]}
+    entries = backends._registry["molora_linear"]
+    only = {"molora_linear": {each: entries[each] for each in ("reference", "torch")}}
     monkeypatch.setattr(backends, "_registry", only)
     with pytest.raises(RuntimeError, match=f"no {name} implementation of citi::molora_linear"):
         use_backend(name)
@@ -100,14 +105,42 @@ def test_the_interpreter_lets_triton_run_on_the_cpu_but_only_when_asked() -> Non
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environ
     )
-    assert result.stdout.strip() == "torch triton", result.stderr
+    assert result.stdout.strip() == f"{FASTEST} triton", result.stderr
+
+
+@pytest.mark.skipif(FASTEST == "torch", reason="the extension is not built")
+@pytest.mark.parametrize(("chosen", "taken"), [("", "torch"), ("portable", "native")])
+def test_without_vector_instructions_torch_runs_unless_portable_kernels_are_asked_for(
+    chosen: str, taken: str
+) -> None:
+    code = """
+        import importlib
+        import torch
+        from citi_kernels import backends, compiled
+        from citi_kernels.ops import importance_native, molora_linear_native
+        from citi_kernels.ops.importance_row_dots import OP
+
+        compiled.extension().cpu_features = ("portable",)
+        for module in (importance_native, molora_linear_native):
+            importlib.reload(module)
+        x = torch.ones(1, 1)
+        print(backends.choose("molora_linear", x), backends.choose(OP, x))
+        print(backends._refusal(OP, "native", x))
+    """
+    environ = os.environ | {"CITI_CPU_FEATURES": chosen, "CITI_BACKEND": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environ
+    )
+    choice, reason = result.stdout.splitlines()
+    assert choice == f"{taken} {taken}", result.stderr
+    assert ("the torch backend is faster" in reason) == (taken == "torch")
 
 
 def test_explain_gives_every_backend_with_a_reason_where_it_cannot_run() -> None:
     lines = backends.explain("molora_linear")
     assert [line.backend for line in lines] == list(backends.BACKENDS)
     for line in lines:
-        assert line.available == (line.backend in ("reference", "torch"))
+        assert line.available == (line.backend in ("reference", *ON_THE_CPU))
         assert bool(line.reason) != line.available
 
 
@@ -181,11 +214,15 @@ def test_environment_variable_chooses_and_use_backend_overrides(
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("native", "no native implementation"), ("fast", "there is no such backend; want one of")],
+    [("cuda", None), ("fast", "there is no such backend; want one of")],
 )
 def test_a_wrong_environment_variable_raises_at_the_call_not_at_import(
-    name: str, reason: str
+    name: str, reason: str | None
 ) -> None:
+    if name in backends.BACKENDS:
+        _, is_available, reason = backends.explain("molora_linear")[backends.BACKENDS.index(name)]
+        if is_available:
+            pytest.skip(f"{name} runs here")
     code = (
         "import citi_kernels as c; case = c.testing.random_case(2, 4, 4); print('imported')\n"
         "c.molora_linear(*case.operands, **case.options)"

@@ -13,7 +13,7 @@ from torch import nn
 from citi_kernels.layers.molora_linear import MoLoRALinear
 from citi_kernels.layers.routing import RoutingContext
 from citi_kernels.ops.molora_linear import molora_linear, molora_linear_ref
-from under_test import WIDEST
+from under_test import WIDEST_LAYER
 
 ADAPTER = ("molora_A", "molora_B", "molora_router")
 
@@ -26,7 +26,7 @@ def live(layer: MoLoRALinear) -> MoLoRALinear:
     return layer
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, WIDEST])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, WIDEST_LAYER])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("top_k", [None, 1])
 def test_case_51_fresh_layer_equals_the_linear_bitwise(dtype, bias, top_k):

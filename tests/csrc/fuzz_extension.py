@@ -7,6 +7,9 @@ tell whether a number is the address of memory.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -56,8 +59,24 @@ def _mutated(arguments: dict, generator: random.Random) -> dict:
     return changed
 
 
-def main(num_calls: int, seed: int = 0) -> None:
-    extension, generator = compiled.extension(), random.Random(seed)
+class _Target(NamedTuple):
+    """A function, arguments that it takes, and the memory that they are about."""
+
+    function: Callable[..., None]
+    valid: dict
+    memory: dict[str, _Guarded]
+    outputs: tuple[str, ...]
+
+    def touched(self) -> list[str]:
+        """Names of the arguments around which, or in which, something was written."""
+        return [
+            name
+            for name, guarded in self.memory.items()
+            if not guarded.is_intact(may_change=name in self.outputs)
+        ]
+
+
+def _row_dots(extension: ModuleType) -> _Target:
     codes = extension.DTYPES
     memory = {
         "a": _Guarded(48, torch.float32),
@@ -78,14 +97,53 @@ def main(num_calls: int, seed: int = 0) -> None:
         "is_signed": False,
         "num_threads": 2,
     }
-    extension.accumulate_row_dots(**valid)
-    refused = accepted = 0
-    for _ in range(num_calls):
-        try:
-            extension.accumulate_row_dots(**_mutated(valid, generator))
-            accepted += 1
-        except (ValueError, TypeError):
-            refused += 1
+    return _Target(extension.accumulate_row_dots, valid, memory, ("scores", "parts"))
+
+
+# T, K, N, E, R
+_MOLORA_SHAPE = (6, 8, 10, 2, 4)
+_MOLORA_MATRICES = {
+    "x": (6, 8), "a": (4, 8), "b": (10, 4), "router": (3, 8), "y": (6, 10), "dy": (6, 10),
+    "dx": (6, 8),
+}  # fmt: skip
+_MOLORA_VECTORS = {"h": 24, "probs": 18, "dgate": 18, "da": 32, "db": 40, "drouter": 24}
+
+
+def _molora(extension: ModuleType, function: str, names: str, outputs: str) -> _Target:
+    workspace = getattr(extension, f"{function}_workspace")(_MOLORA_SHAPE)
+    sizes = {name: rows * columns for name, (rows, columns) in _MOLORA_MATRICES.items()}
+    sizes |= _MOLORA_VECTORS | {"workspace": workspace}
+    memory = {name: _Guarded(sizes[name], torch.float32) for name in names.split()}
+    code = extension.DTYPES["float32"]
+    valid = {"shape": _MOLORA_SHAPE, "scaling": 0.5, "has_base": True, "num_threads": 2}
     for name, guarded in memory.items():
-        assert guarded.is_intact(may_change=name in ("scores", "parts")), name
-    print(refused, accepted)
+        last = (_MOLORA_MATRICES[name][1], 1) if name in _MOLORA_MATRICES else (sizes[name],)
+        valid[name] = (*guarded.place(), code, *last)
+    return _Target(getattr(extension, function), valid, memory, tuple(outputs.split()))
+
+
+def molora_forward(extension: ModuleType) -> _Target:
+    names = "x a b router y h probs workspace"
+    return _molora(extension, "molora_forward", names, "y h probs workspace")
+
+
+def molora_backward(extension: ModuleType) -> _Target:
+    names = "dy x a b router h probs dgate dx da db drouter workspace"
+    return _molora(extension, "molora_backward", names, "dx da db drouter workspace")
+
+
+def main(num_calls: int, seed: int = 0) -> None:
+    """Prints, for each function, how many calls were refused and how many were not."""
+    extension, generator = compiled.extension(), random.Random(seed)
+    for make in (_row_dots, molora_forward, molora_backward):
+        target = make(extension)
+        target.function(**target.valid)
+        refused = accepted = 0
+        for _ in range(num_calls):
+            try:
+                target.function(**_mutated(target.valid, generator))
+                accepted += 1
+            except (ValueError, TypeError):
+                refused += 1
+        assert target.touched() == [], target.function.__name__
+        print(refused, accepted)

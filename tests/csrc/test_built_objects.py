@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -15,10 +16,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 FOREIGN = re.compile(r"torch|c10|\b_?Py[A-Z_]|pybind11")
-KERNELS = {"SegmentDots": 4, "ColumnDots": 4, "SumParts": 2}
-MAX_REGISTERS = 80
-# of one block; every GPU has this much for two blocks of these kernels
-MAX_SHARED_BYTES = 16384
+# by kernel: instances of its template, and the most that one may take on any architecture
+LIMITS = {
+    kernel: limits
+    for path in sorted((ROOT / "tests/csrc/kernel_limits").glob("*.json"))
+    for kernel, limits in json.loads(path.read_text()).items()
+}
+# by test_extended_gemm_objects.py, test_grouped_objects.py, test_parameter_scores_objects.py
+TESTED_ELSEWHERE = (
+    "ExtendedGemmKernel",
+    "MultiplyGroups",
+    "SumGroups",
+    "ScoresOfTile",
+    "AddScoreSums",
+)
 
 
 def run(*command: str | Path) -> str:
@@ -58,7 +69,7 @@ def test_no_object_of_the_kernels_knows_torch_or_python(extension: ModuleType) -
     for path in found:
         assert [line for line in symbols(path) if FOREIGN.search(line)] == [], path.name
     names = {path.name for path in found}
-    assert "row_dots.cpp.o" in names
+    assert {"row_dots.cpp.o", "molora.cpp.o"} <= names
     assert ("row_dots.cu.o" in names) == bool(extension.built_with["cuda"])
 
 
@@ -73,13 +84,24 @@ def test_the_module_needs_neither_torch_nor_a_cuda_library(extension: ModuleType
     assert [line.split(maxsplit=2)[-1] for line in exported] == ["PyInit__C"]
 
 
-@pytest.mark.parametrize("variant", ["Avx2", "Avx512"])
-def test_a_variant_shares_no_function_with_older_cpus(extension: ModuleType, variant: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("row_dots_avx2", "RowDotsOfTokensAvx2"),
+        ("row_dots_avx512", "RowDotsOfTokensAvx512"),
+        ("molora_avx2", "MoloraKernelsAvx2"),
+        ("molora_avx512", "MoloraKernelsAvx512"),
+        ("molora_avx512_bf16", "MoloraKernelsAvx512Bf16"),
+    ],
+)
+def test_a_variant_shares_no_function_with_older_cpus(
+    extension: ModuleType, name: str, function: str
+) -> None:
     """A weak symbol compiled with AVX512 could be the one that the linker keeps for all."""
-    (path,) = objects(f"row_dots_{variant.lower()}.cpp.o")
+    (path,) = objects(f"{name}.cpp.o")
     defined = [line.split(maxsplit=2)[1:] for line in symbols(path, "--defined-only")]
     shared = [name for letter, name in defined if letter in "TWVuBDi"]
-    assert [name.split("(")[0] for name in shared] == [f"citi::RowDotsOfTokens{variant}"]
+    assert [name.split("(")[0] for name in shared] == [f"citi::{function}"]
 
 
 def test_every_architecture_that_was_asked_for_is_in_the_module(
@@ -89,8 +111,13 @@ def test_every_architecture_that_was_asked_for_is_in_the_module(
     listed = run(cuobjdump(), "--list-elf", "--list-ptx", cuda_extension.__file__)
     found = set(re.findall(r"\.(sm_\d+[af]?)\.(?:cubin|ptx)", listed))
     assert {arch.replace("compute_", "sm_") for arch in wanted} <= found
-    ptx = re.findall(r"\.(sm_\d+[af]?)\.ptx", listed)
-    assert ptx == [arch.replace("compute_", "sm_") for arch in wanted if arch[0] == "c"]
+    ptx = set(re.findall(r"\.(sm_\d+[af]?)\.ptx", listed))
+    assert ptx == {arch.replace("compute_", "sm_") for arch in wanted if arch[0] == "c"}
+
+
+def kernel_of(symbol: str) -> str:
+    """The name in a mangled symbol, whose length stands before it."""
+    return next(name for name in (*LIMITS, *TESTED_ELSEWHERE) if f"{len(name)}{name}" in symbol)
 
 
 def test_kernels_stay_within_registers_and_shared_memory_and_spill_nothing(
@@ -104,15 +131,30 @@ def test_kernels_stay_within_registers_and_shared_memory_and_spill_nothing(
         if found[1]:
             arch = found[1]
             continue
-        kernel = next(name for name in KERNELS if name in found[2])
-        counts.setdefault(arch, dict.fromkeys(KERNELS, 0))[kernel] += 1
+        kernel = kernel_of(found[2])
+        if kernel in TESTED_ELSEWHERE:
+            continue
+        counts.setdefault(arch, dict.fromkeys(LIMITS, 0))[kernel] += 1
         registers, stack, shared, local = map(int, found.groups()[2:])
         print(f"{arch} {found[2]}: {registers} registers, {shared} bytes shared")
-        assert registers <= MAX_REGISTERS, (arch, found[2])
-        assert shared <= MAX_SHARED_BYTES + 1024, (arch, found[2])  # 1 KiB is the system's
+        assert registers <= LIMITS[kernel]["registers"], (arch, found[2])
+        # 1 KiB is the system's
+        assert shared <= LIMITS[kernel]["shared_bytes"] + 1024, (arch, found[2])
         assert stack == local == 0, (arch, found[2])
     archs = [a for a in cuda_extension.built_with["cuda_archs"].split() if a.startswith("sm_")]
-    assert counts == dict.fromkeys(archs, KERNELS)
+    instances = {kernel: limits["instances"] for kernel, limits in LIMITS.items()}
+    assert counts == dict.fromkeys(archs, instances)
+
+
+def test_kernels_have_the_instructions_that_they_are_written_for(
+    cuda_extension: ModuleType,
+) -> None:
+    """Asynchronous copies, matrices from shared memory, tensor cores: by name in the SASS."""
+    code = run(cuobjdump(), "--dump-sass", cuda_extension.__file__)
+    for text in re.split(r"Function : ", code)[1:]:
+        symbol = text.split("\n", 1)[0]
+        for instruction in LIMITS.get(kernel_of(symbol), {}).get("instructions", ()):
+            assert instruction in text, (symbol, instruction)
 
 
 def test_aligned_inputs_are_loaded_16_bytes_at_a_time(cuda_extension: ModuleType) -> None:

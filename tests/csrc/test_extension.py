@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import fuzz_extension
 import pytest
 import torch
 from torch import Tensor
 
 from citi_kernels import compiled, environment
+from citi_kernels.source_digest import source_digest
 
+ROOT = Path(__file__).resolve().parents[2]
 NUM_TOKENS, NUM_FEATURES, NUM_SEGMENTS = 6, 8, 4
 
 
@@ -137,6 +140,40 @@ def test_without_the_extension_the_torch_backend_is_taken() -> None:
     assert result.stdout.strip() == wanted, result.stderr
 
 
+def test_an_extension_of_other_sources_is_not_used_and_says_so(extension: ModuleType) -> None:
+    """One of an older commit may lack what is asked of it."""
+    assert extension.sources == source_digest(ROOT)
+    code = """
+        import sys, types
+        sys.modules["citi_kernels._C"] = stale = types.ModuleType("citi_kernels._C")
+        stale.__spec__ = types.SimpleNamespace()
+        stale.version, stale.sources = "0.1.0", "0123456789abcdef"
+        import torch
+        from citi_kernels import backends, compiled
+        import citi_kernels
+        print(backends.choose("molora_linear", torch.ones(1, 1)), compiled.why_missing("native"))
+    """
+    result = python(code, CITI_BACKEND="", TRITON_INTERPRET="0")
+    reason = "citi_kernels._C was built from other sources than these; pip install again"
+    assert result.stdout.strip() == f"torch {reason}", result.stderr
+
+
+def test_the_digest_follows_names_and_bytes_of_what_is_compiled(tmp_path: Path) -> None:
+    assert source_digest(tmp_path) is None
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "extension_build.py").write_text("")
+    digests = [source_digest(tmp_path)]
+    for name, text in (("a.h", "1"), ("a.h", "2"), ("cpu/b.cpp", "2"), ("cpu/c.cu", "")):
+        (tmp_path / "csrc" / name).write_text(text)
+        digests.append(source_digest(tmp_path))
+    assert len(set(digests)) == 5
+    (tmp_path / "csrc" / "a.h").rename(tmp_path / "csrc" / "z.h")
+    assert source_digest(tmp_path) not in digests
+    (tmp_path / "csrc" / "z.h").rename(tmp_path / "csrc" / "a.h")
+    (tmp_path / "csrc" / "notes.md").write_text("not compiled")
+    assert source_digest(tmp_path) == digests[-1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_launch_without_a_driver_raises(cuda_extension: ModuleType) -> None:
     arguments = _arguments(cuda_extension, "cuda")
@@ -247,10 +284,36 @@ def test_misaligned_data_and_overlapping_workspace_are_refused(extension: Module
         extension.accumulate_row_dots(**overlapping)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_molora_names_the_tensor_that_is_short_misaligned_or_of_another_dtype(
+    extension: ModuleType, direction: str
+) -> None:
+    target = getattr(fuzz_extension, f"molora_{direction}")(extension)
+    target.function(**target.valid)
+    for name in target.memory:
+        short = _changed(target.valid, name, 1, target.valid[name][1] - 1)
+        with pytest.raises(ValueError, match=f"^{name}: .*must stay within"):
+            target.function(**short)
+        misaligned = _changed(target.valid, name, 0, target.valid[name][0] + 1)
+        with pytest.raises(ValueError, match=f"^{name}: data must be aligned"):
+            target.function(**misaligned)
+        with pytest.raises(ValueError, match=r"^\w+: dtype must be"):
+            target.function(**_changed(target.valid, name, 2, extension.DTYPES["float16"]))
+    for name in target.outputs:
+        overlapping = _changed(target.valid, name, 0, target.valid["a"][0])
+        with pytest.raises(ValueError, match=r"must not overlap|must stay within"):
+            target.function(**overlapping)
+    for name, value in (("shape", (6, 8, 10, 2)), ("scaling", "1"), ("has_base", 1)):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            target.function(**target.valid | {name: value})
+
+
 def test_no_wrong_number_crashes_or_writes_elsewhere(extension: ModuleType) -> None:
     """In a process of its own, where a crash shows; what is refused and what is not, both occur."""
     result = python("import fuzz_extension; fuzz_extension.main(20000)")
     assert result.returncode == 0, f"{result.returncode}: {result.stderr[-2000:]}"
-    refused, accepted = map(int, result.stdout.split())
-    assert refused > 10000
-    assert accepted > 100
+    counts = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    assert len(counts) == 3
+    for refused, accepted in counts:
+        assert refused > 10000
+        assert accepted > 100

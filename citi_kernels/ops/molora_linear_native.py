@@ -1,0 +1,173 @@
+"""Backend "native" of `citi::molora_linear`: C++ for the CPU, in `citi_kernels._C`.
+
+    path      when                                              what runs
+    fused     fp32 and bf16, stacked rank up to 128, every      this module
+              expert kept, no dropout
+    library   everything else                                   the torch backend
+
+The base products, x weight^T and dy weight, are PyTorch's. Around them, in one call each:
+
+    forward   shrink x to z, route, add u b^T to y: block by block of tokens
+    backward  shrink dy to du, rank gradients, add dz^T [a; router] to dx: block by block of tokens;
+              db, and [da; drouter]: block by block of columns
+
+Each passes over x, dy, y and dx once, in fp32 (bf16 in pairs where the CPU has avx512_bf16), and
+writes rank-sized tensors besides. The cut of the work follows from the shape alone and every sum
+has one order: neither the number of threads nor strides change a bit. Variants (CITI_CPU_FEATURES)
+sum in different orders, and so differ in the last bits.
+
+Shapes: T tokens, K in-features, N out-features, R stacked rank (E·r), G = E + 1, B segments.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from citi_kernels import compiled
+from citi_kernels.ops import molora_linear_reference as definition
+from citi_kernels.ops import molora_linear_torch
+from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
+
+MAX_STACKED_RANK = 128
+_DTYPES = (torch.float32, torch.bfloat16)
+# of the machine; asked once, where dynamo does not look
+_WHY_SLOW = compiled.why_slow()
+
+
+def refuses(x: Tensor) -> str | None:
+    """Why x cannot be taken, or None."""
+    return _WHY_SLOW
+
+
+def path(stacked_rank: int, dtype: torch.dtype, settings: Settings) -> str:
+    """Which of "fused" and "library", for x of `dtype`."""
+    is_plain = not settings.is_sparse and settings.dropout_p == 0
+    if is_plain and dtype in _DTYPES and stacked_rank <= MAX_STACKED_RANK:
+        return "fused"
+    return "library"
+
+
+def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tensor | None]:
+    """y (T, N), what the backward needs, and the gate sums (B, G) or None."""
+    x_TK, weight_NK, bias_N, a_RK, b_NR, router_GK = operands
+    if path(a_RK.shape[0], x_TK.dtype, settings) == "library":
+        return molora_linear_torch.forward(operands, settings)
+    x_TK = x_TK.contiguous()
+    saved = empty_saved(x_TK, a_RK, settings)
+    if weight_NK is None:
+        y_TN = x_TK.new_empty(x_TK.shape[0], b_NR.shape[0])
+    else:
+        y_TN = F.linear(x_TK, weight_NK, bias_N)
+    # names of ours keep these alive during the call
+    a_RK, b_NR, router_GK = _readable(a_RK, b_NR, router_GK, dtype=x_TK.dtype)
+    extension, shape = compiled.extension(), _shape(saved, a_RK, b_NR, settings)
+    workspace = saved.probs.new_empty(extension.molora_forward_workspace(shape))
+    extension.molora_forward(
+        shape=shape,
+        scaling=settings.scaling,
+        x=compiled.matrix(x_TK),
+        a=compiled.matrix(a_RK),
+        b=compiled.matrix(b_NR),
+        router=compiled.matrix(router_GK),
+        y=compiled.matrix(y_TN),
+        has_base=weight_NK is not None,
+        h=compiled.vector(saved.h),
+        probs=compiled.vector(saved.probs),
+        workspace=compiled.vector(workspace),
+        num_threads=torch.get_num_threads(),
+    )
+    gate_sums_BG = None
+    if settings.segment_ids is not None:
+        gate_sums_BG = definition.sum_over_segments(
+            saved.probs, settings.segment_ids, settings.num_segments
+        )
+    return y_TN, saved, gate_sums_BG
+
+
+def backward(
+    dy_TN: Tensor | None,
+    dgate_sums_BG: Tensor | None,
+    operands: Operands,
+    saved: Saved,
+    settings: Settings,
+    needs: Needs,
+) -> Operands:
+    """Gradients, None where `needs` says no; see `molora_linear_torch.backward`."""
+    x_TK, weight_NK, _, a_RK, b_NR, router_GK = operands
+    dtype = saved.h.dtype
+    if path(a_RK.shape[0], dtype, settings) == "library":
+        return molora_linear_torch.backward(dy_TN, dgate_sums_BG, operands, saved, settings, needs)
+    if dy_TN is not None and (needs.x or needs.weight or needs.bias):
+        dy_TN = dy_TN.contiguous()
+    has_base = dy_TN is not None and weight_NK is not None
+    dx_TK = None
+    if needs.x:
+        num_tokens, num_in = saved.h.shape[0], a_RK.shape[1]
+        dx_TK = dy_TN @ weight_NK if has_base else saved.h.new_empty(num_tokens, num_in)
+    gradients = Operands(
+        x=dx_TK,
+        weight=dy_TN.T @ x_TK if needs.weight else None,
+        bias=dy_TN.sum(0) if needs.bias else None,
+        a=_gradient_of(a_RK) if needs.a else None,
+        b=_gradient_of(b_NR) if needs.b else None,
+        router=_gradient_of(router_GK) if needs.router else None,
+    )
+    if not (needs.x or needs.a or needs.b or needs.router):
+        return gradients
+    dgate_TG = None
+    if dgate_sums_BG is not None:
+        # the padded row of zeros is the last, where an index of -1 points
+        dgate_TG = F.pad(dgate_sums_BG, (0, 0, 0, 1))[settings.segment_ids]
+    a_RK, b_NR, router_GK = _readable(a_RK, b_NR, router_GK, dtype=dtype)
+    extension, shape = compiled.extension(), _shape(saved, a_RK, b_NR, settings)
+    workspace = saved.probs.new_empty(extension.molora_backward_workspace(shape))
+    needs_x = needs.a or needs.router
+    extension.molora_backward(
+        shape=shape,
+        scaling=settings.scaling,
+        dy=None if dy_TN is None else compiled.matrix(dy_TN),
+        x=compiled.matrix(x_TK) if needs_x else None,
+        a=compiled.matrix(a_RK),
+        b=compiled.matrix(b_NR),
+        router=compiled.matrix(router_GK),
+        h=compiled.vector(saved.h),
+        probs=compiled.vector(saved.probs),
+        dgate=compiled.vector(dgate_TG),
+        dx=None if dx_TK is None else compiled.matrix(dx_TK),
+        has_base=has_base,
+        da=compiled.vector(gradients.a),
+        db=compiled.vector(gradients.b),
+        drouter=compiled.vector(gradients.router),
+        workspace=compiled.vector(workspace),
+        num_threads=torch.get_num_threads(),
+    )
+    return gradients
+
+
+def empty_saved(x_TK: Tensor, a_RK: Tensor, settings: Settings) -> Saved:
+    """h (T, R), probs (T, G) fp32; on the other path, the torch backend's."""
+    if path(a_RK.shape[0], x_TK.dtype, settings) == "library":
+        return molora_linear_torch.empty_saved(x_TK, a_RK, settings)
+    num_tokens = x_TK.shape[0]
+    return Saved(
+        h=x_TK.new_empty(num_tokens, a_RK.shape[0]),
+        probs=x_TK.new_empty(num_tokens, settings.num_experts + 1, dtype=torch.float32),
+        kept=None,
+    )
+
+
+def _shape(saved: Saved, a_RK: Tensor, b_NR: Tensor, settings: Settings) -> tuple[int, ...]:
+    stacked_rank, num_in = a_RK.shape
+    return saved.h.shape[0], num_in, b_NR.shape[0], settings.num_experts, stacked_rank
+
+
+def _readable(*parameters: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """As the kernels take them: fp32 and bf16 are rounded there, other dtypes here."""
+    return [each if each.dtype in _DTYPES else each.to(dtype) for each in parameters]
+
+
+def _gradient_of(parameter: Tensor) -> Tensor:
+    dtype = parameter.dtype if parameter.dtype in _DTYPES else torch.float32
+    return parameter.new_empty(parameter.shape, dtype=dtype)

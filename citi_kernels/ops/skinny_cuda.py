@@ -1,0 +1,290 @@
+"""The skinny passes of `citi::molora_linear` in CUDA C++: calls of `citi_kernels._C`, workspaces.
+
+Each function is one pass over a wide matrix, or one over what is rank-sized. x, dy and everything
+rank-sized have one dtype, bf16 or fp16; probabilities and parts of sums are fp32. Sums over parts
+have an order that follows from the shape alone. Not yet run on a GPU.
+
+Shapes: T tokens, K in-features, N out-features, M either, E experts, R stacked rank (E·r), G gates
+(E + 1); P = R rounded up to 8, Z = P + G rounded up to 8; C parts, V columns of a narrow matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from citi_kernels import compiled
+from citi_kernels.ops.molora_linear_contract import Settings
+from citi_kernels.ops.molora_linear_reference import dropout_threshold
+
+# beyond it the parts of du that one pass over dy leaves are as large as dy
+MAX_RANK_OF_ONE_PASS = 32
+
+
+class Sizes(NamedTuple):
+    """Sizes of a layer; those with 8 are rounded up to it."""
+
+    T: int
+    E: int
+    R: int
+
+    @property
+    def G(self) -> int:  # noqa: N802
+        return self.E + 1
+
+    @property
+    def P(self) -> int:  # noqa: N802
+        return padded(self.R)
+
+    @property
+    def Z(self) -> int:  # noqa: N802
+        return self.P + padded(self.G)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What `_C` takes: T, E, r."""
+        return self.T, self.E, self.R // self.E
+
+
+def padded(size: int) -> int:
+    return -(-size // 8) * 8
+
+
+def aligned(x_TM: Tensor) -> Tensor:
+    """x itself where every row begins at 16 bytes and M is a multiple of 8, or a copy like that.
+
+    The copy has zeros up to that multiple. A row stride greater than M is taken as it is.
+    """
+    missing = padded(x_TM.shape[1]) - x_TM.shape[1]
+    is_aligned = (
+        missing == 0
+        and x_TM.stride(1) == 1
+        and x_TM.stride(0) >= x_TM.shape[1]
+        and x_TM.stride(0) % 8 == 0
+        and x_TM.data_ptr() % 16 == 0
+    )
+    if is_aligned:
+        return x_TM
+    return (
+        F.pad(x_TM, (0, missing)) if missing else x_TM.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def stack(a_RK: Tensor, router_GK: Tensor, sizes: Sizes, dtype: torch.dtype) -> Tensor:
+    """[a; router] (Z, K rounded up to 8) in `dtype`, each padded with rows of zeros."""
+    K = a_RK.shape[1]
+    stack_ZK = a_RK.new_zeros(sizes.Z, padded(K), dtype=dtype)
+    stack_ZK[: sizes.R, :K] = a_RK
+    stack_ZK[sizes.P : sizes.P + sizes.G, :K] = router_GK
+    return stack_ZK
+
+
+def shrink_route(
+    x_TK: Tensor, stack_ZK: Tensor, sizes: Sizes, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h (T, R), u (T, P), zeros from R on, and probs (T, G), marked where the expert is dropped."""
+    T, K = x_TK.shape
+    h_TR, u_TP = x_TK.new_empty(T, sizes.R), x_TK.new_empty(T, sizes.P)
+    probs_TG = x_TK.new_empty(T, sizes.G, dtype=torch.float32)
+    extension, parts_CTZ = compiled.extension(), None
+    num_splits = extension.shrink_cuda_splits(num_tokens=T, num_inputs=K)
+    if num_splits > 1:
+        parts_CTZ = x_TK.new_empty(num_splits, T, sizes.Z, dtype=torch.float32)
+    extension.shrink_cuda(
+        shape=sizes.shape,
+        num_inputs=K,
+        x=compiled.matrix(x_TK),
+        stack=compiled.vector(stack_ZK),
+        h=compiled.vector(h_TR),
+        u=compiled.vector(u_TP),
+        probs=compiled.vector(probs_TG),
+        parts=compiled.vector(parts_CTZ),
+        top_k=settings.top_k if settings.is_sparse else 0,
+        renormalizes=settings.is_sparse and settings.renormalize,
+        scaling=settings.scaling,
+        dropout=_dropout(settings),
+        **_place(x_TK),
+    )
+    return h_TR, u_TP, probs_TG
+
+
+def scaled_ranks(h_TR: Tensor, probs_TG: Tensor, sizes: Sizes, settings: Settings) -> Tensor:
+    """u (T, P) as the forward had it."""
+    u_TP = h_TR.new_empty(sizes.T, sizes.P)
+    compiled.extension().scale_ranks_cuda(
+        shape=sizes.shape,
+        h=compiled.vector(h_TR),
+        probs=compiled.vector(probs_TG),
+        u=compiled.vector(u_TP),
+        scaling=settings.scaling,
+        **_place(h_TR),
+    )
+    return u_TP
+
+
+def row_products(wide_TM: Tensor, rows_VM: Tensor) -> Tensor:
+    """Parts (C, T, V) of wide rowsᵀ, in one pass over wide."""
+    (T, M), V = wide_TM.shape, rows_VM.shape[0]
+    extension = compiled.extension()
+    num_splits = extension.shrink_cuda_splits(num_tokens=T, num_inputs=M)
+    parts_CTV = wide_TM.new_empty(num_splits, T, V, dtype=torch.float32)
+    extension.row_product_cuda(
+        shape=(T, M, V),
+        wide=compiled.matrix(wide_TM),
+        rows=compiled.vector(rows_VM),
+        parts=compiled.vector(parts_CTV),
+        **_place(wide_TM),
+    )
+    return parts_CTV
+
+
+def factor_gradients(
+    wide_TM: Tensor,
+    narrow_TV: Tensor,
+    b_MR: Tensor | None = None,
+    *,
+    rank_columns: int = 0,
+    settings: Settings | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Parts (C, M, V) of wideᵀ narrow and, given b, parts (C, T, V) of wide b; one pass over wide.
+
+    settings: those of the dropout of wide that the first `rank_columns` of narrow see; None: none.
+    """
+    (T, M), V = wide_TM.shape, narrow_TV.shape[1]
+    extension, gives_ranks = compiled.extension(), b_MR is not None
+    num_tiles, num_shares = extension.factor_gradients_cuda_parts(
+        num_tokens=T, num_columns=M, num_narrow=V, gives_ranks=gives_ranks
+    )
+    parts_CMV = wide_TM.new_empty(num_shares, M, V, dtype=torch.float32)
+    du_CTV = None
+    if gives_ranks:
+        du_CTV = wide_TM.new_empty(num_tiles, T, V, dtype=torch.float32)
+    extension.factor_gradients_cuda(
+        shape=(T, M, V),
+        wide=compiled.matrix(wide_TM),
+        narrow=compiled.matrix(narrow_TV),
+        num_ranks=b_MR.shape[1] if gives_ranks else 0,
+        b=compiled.vector(b_MR),
+        du=compiled.vector(du_CTV),
+        parts=compiled.vector(parts_CMV),
+        rank_columns=rank_columns,
+        dropout=None if settings is None else _dropout(settings),
+        **_place(wide_TM),
+    )
+    return parts_CMV, du_CTV
+
+
+def rank_gradients(
+    du_CTP: Tensor | None,
+    h_TR: Tensor,
+    probs_TG: Tensor,
+    dgate_TG: Tensor | None,
+    sizes: Sizes,
+    settings: Settings,
+) -> Tensor:
+    """dz (T, Z): dh in columns 0 to R, dlogits in columns P to P + G, zeros in the others."""
+    dz_TZ = h_TR.new_empty(sizes.T, sizes.Z)
+    compiled.extension().rank_gradients_cuda(
+        shape=sizes.shape,
+        num_parts=0 if du_CTP is None else du_CTP.shape[0],
+        du=compiled.vector(du_CTP),
+        h=compiled.vector(h_TR),
+        probs=compiled.vector(probs_TG),
+        dgate=compiled.vector(dgate_TG),
+        dz=compiled.vector(dz_TZ),
+        scaling=settings.scaling,
+        **_place(h_TR),
+    )
+    return dz_TZ
+
+
+class Columns(NamedTuple):
+    """Columns of a sum that become a tensor of their own."""
+
+    first: int
+    count: int
+    dtype: torch.dtype
+    is_transposed: bool
+
+
+def sum_parts(parts_CMV: Tensor, *wanted: Columns) -> list[Tensor]:
+    """For each of the up to two wanted (M, count), or (count, M), of the sum over C."""
+    C, M, V = parts_CMV.shape
+    outputs, numbers = [], []
+    for first, count, dtype, is_transposed in wanted:
+        shape = (count, M) if is_transposed else (M, count)
+        # what else a parameter can be, the op rounds the gradient to
+        is_known = dtype in (torch.bfloat16, torch.float16)
+        outputs.append(parts_CMV.new_empty(shape, dtype=dtype if is_known else torch.float32))
+        numbers.append((compiled.vector(outputs[-1]), first, count, is_transposed))
+    compiled.extension().sum_shares_cuda(
+        shape=(C, M, V), parts=compiled.vector(parts_CMV), outputs=numbers, **_place(parts_CMV)
+    )
+    return outputs
+
+
+def update_input_gradient_(
+    dx_TK: Tensor,
+    dz_TZ: Tensor,
+    stack_ZK: Tensor,
+    sizes: Sizes,
+    settings: Settings,
+    *,
+    has_base: bool,
+) -> None:
+    """dx += dz stack, in place, with dropout over the part of a; without a base dx is written.
+
+    dx has rows as `aligned` gives them.
+    """
+    compiled.extension().update_input_gradient_cuda(
+        shape=sizes.shape,
+        num_inputs=dx_TK.shape[1],
+        dx=compiled.matrix(dx_TK),
+        dz=compiled.vector(dz_TZ),
+        stack=compiled.vector(stack_ZK),
+        has_base=has_base,
+        dropout=_dropout(settings),
+        **_place(dx_TK),
+    )
+
+
+def add_non_finite_(
+    out_TM: Tensor,
+    left_TR: Tensor,
+    right_RM: Tensor,
+    probs_TG: Tensor,
+    sizes: Sizes,
+    dropout: Settings | None = None,
+) -> None:
+    """out[t] += left[t] right over the NaN and inf of right that belong to experts which t keeps.
+
+    dropout: settings of the dropout that lies over the sum; None: none.
+    """
+    compiled.extension().add_non_finite_cuda(
+        shape=sizes.shape,
+        num_columns=out_TM.shape[1],
+        out=compiled.vector(out_TM),
+        left=compiled.matrix(left_TR),
+        right=compiled.matrix(right_RM),
+        probs=compiled.vector(probs_TG),
+        dropout=None if dropout is None else _dropout(dropout),
+        **_place(out_TM),
+    )
+
+
+def _dropout(settings: Settings) -> tuple[int, int, int, float] | None:
+    """The halves of the seed, the threshold of the hash, 1 / (1 - p); None without dropout."""
+    if settings.dropout_p == 0:
+        return None
+    seed, low = int(settings.dropout_seed), 2**32 - 1  # on the CPU
+    threshold = dropout_threshold(settings.dropout_p)
+    return seed & low, seed >> 32 & low, threshold, 1 / (1 - settings.dropout_p)
+
+
+def _place(tensor: Tensor) -> dict[str, Any]:
+    """Where a kernel on this tensor runs."""
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    return {"device": tensor.device.index, "stream": stream}

@@ -1,0 +1,100 @@
+#include "cpu/molora.h"
+
+#include "bindings/numbers.h"
+
+namespace py = pybind11;
+
+namespace citi {
+namespace {
+
+// num_tokens, num_in, num_out, num_experts, stacked_rank
+using ShapeNumbers = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+using OptionalMatrix = std::optional<MatrixNumbers>;
+using OptionalVector = std::optional<VectorNumbers>;
+
+MoloraSizes AsSizes(const ShapeNumbers& shape) {
+  const auto& [num_tokens, num_in, num_out, num_experts, stacked_rank] = shape;
+  const MoloraSizes sizes{num_tokens, num_in, num_out, num_experts, stacked_rank};
+  const std::string problem = Invalid(sizes);
+  if (!problem.empty()) Refuse(problem);
+  return sizes;
+}
+
+template <class Problem>
+void CheckAndRun(const Problem& molora, int64_t workspace_size, int64_t num_threads) {
+  const std::string problem = Invalid(molora, workspace_size);
+  if (!problem.empty()) Refuse(problem);
+  CheckThreads(num_threads);
+  const py::gil_scoped_release released;
+  RunMolora(molora, VariantInUse(), num_threads);
+}
+
+void Forward(const ShapeNumbers& shape, float scaling, const MatrixNumbers& x,
+             const MatrixNumbers& a, const MatrixNumbers& b, const MatrixNumbers& router,
+             const MatrixNumbers& y, bool has_base, const VectorNumbers& h,
+             const VectorNumbers& probs, const VectorNumbers& workspace, int64_t num_threads) {
+  const MoloraSizes sizes = AsSizes(shape);
+  const MoloraForward forward{sizes,
+                              scaling,
+                              AsMatrix("x", x),
+                              AsMatrix("a", a),
+                              AsMatrix("b", b),
+                              AsMatrix("router", router),
+                              AsMatrix("y", y),
+                              has_base,
+                              AsVector("h", h),
+                              AsVector("probs", probs),
+                              AsVector("workspace", workspace)};
+  CheckAndRun(forward, MoloraForwardWorkspace(sizes), num_threads);
+}
+
+void Backward(const ShapeNumbers& shape, float scaling, const OptionalMatrix& dy,
+              const OptionalMatrix& x, const MatrixNumbers& a, const MatrixNumbers& b,
+              const MatrixNumbers& router, const VectorNumbers& h, const VectorNumbers& probs,
+              const OptionalVector& dgate, const OptionalMatrix& dx, bool has_base,
+              const OptionalVector& da, const OptionalVector& db, const OptionalVector& drouter,
+              const VectorNumbers& workspace, int64_t num_threads) {
+  const MoloraSizes sizes = AsSizes(shape);
+  const MoloraBackward backward{sizes,
+                                scaling,
+                                AsMatrix("dy", dy),
+                                AsMatrix("x", x),
+                                AsMatrix("a", a),
+                                AsMatrix("b", b),
+                                AsMatrix("router", router),
+                                AsVector("h", h),
+                                AsVector("probs", probs),
+                                AsVector("dgate", dgate),
+                                AsMatrix("dx", dx),
+                                has_base,
+                                AsVector("da", da),
+                                AsVector("db", db),
+                                AsVector("drouter", drouter),
+                                AsVector("workspace", workspace)};
+  CheckAndRun(backward, MoloraBackwardWorkspace(sizes), num_threads);
+}
+
+}  // namespace
+
+void BindMolora(py::module_& module) {
+  module.attr("molora_max_stacked_rank") = kMaxStackedRank;
+  module.def(
+      "molora_forward_workspace",
+      [](const ShapeNumbers& shape) { return MoloraForwardWorkspace(AsSizes(shape)); },
+      Strictly("shape"));
+  module.def(
+      "molora_backward_workspace",
+      [](const ShapeNumbers& shape) { return MoloraBackwardWorkspace(AsSizes(shape)); },
+      Strictly("shape"));
+  module.def("molora_forward", Forward, py::kw_only(), Strictly("shape"), Strictly("scaling"),
+             Strictly("x"), Strictly("a"), Strictly("b"), Strictly("router"), Strictly("y"),
+             Strictly("has_base"), Strictly("h"), Strictly("probs"), Strictly("workspace"),
+             Strictly("num_threads"));
+  module.def("molora_backward", Backward, py::kw_only(), Strictly("shape"), Strictly("scaling"),
+             Strictly("dy"), Strictly("x"), Strictly("a"), Strictly("b"), Strictly("router"),
+             Strictly("h"), Strictly("probs"), Strictly("dgate"), Strictly("dx"),
+             Strictly("has_base"), Strictly("da"), Strictly("db"), Strictly("drouter"),
+             Strictly("workspace"), Strictly("num_threads"));
+}
+
+}  // namespace citi

@@ -1,0 +1,61 @@
+#include "cpu/molora.h"
+
+#include "cpu/parallel.h"
+
+namespace citi {
+namespace {
+
+constexpr int64_t kLanes = 16;
+
+int64_t RoundUp(int64_t x, int64_t y) { return (x + y - 1) / y * y; }
+
+MoloraKernels Select(Variant variant, DType dtype) {
+  switch (variant) {
+#if defined(CITI_X86_VARIANTS)
+#if defined(CITI_AVX512_BF16_VARIANT)
+    case Variant::kAvx512Bf16:
+      return MoloraKernelsAvx512Bf16(dtype);
+#endif
+    case Variant::kAvx512:
+      return MoloraKernelsAvx512(dtype);
+    case Variant::kAvx2:
+      return MoloraKernelsAvx2(dtype);
+#endif
+    default:
+      return MoloraKernelsPortable(dtype);
+  }
+}
+
+template <class Problem, int kPhases>
+void Run(const Problem& problem, const MoloraPhase<Problem> (&phases)[kPhases],
+         int64_t num_threads) {
+  for (const MoloraPhase<Problem>& phase : phases) {
+    ParallelFor(phase.num_tasks(problem), num_threads,
+                [&](int64_t task) { phase.run(problem, task); });
+  }
+}
+
+}  // namespace
+
+int64_t MoloraForwardWorkspace(const MoloraSizes& sizes) {
+  const int64_t num_tokens = RoundUp(sizes.num_tokens, kMoloraTokens);
+  return RoundUp(sizes.num_rows(), kLanes) * sizes.num_in +
+         RoundUp(sizes.num_out, kLanes) * sizes.stacked_rank + num_tokens * sizes.stacked_rank;
+}
+
+int64_t MoloraBackwardWorkspace(const MoloraSizes& sizes) {
+  const int64_t num_tokens = RoundUp(sizes.num_tokens, kMoloraTokens);
+  return RoundUp(sizes.stacked_rank, kLanes) * sizes.num_out +
+         RoundUp(sizes.num_in, kLanes) * sizes.num_rows() +
+         num_tokens * (2 * sizes.num_rows() + sizes.stacked_rank);
+}
+
+void RunMolora(const MoloraForward& forward, Variant variant, int64_t num_threads) {
+  Run(forward, Select(variant, forward.h.dtype).forward, num_threads);
+}
+
+void RunMolora(const MoloraBackward& backward, Variant variant, int64_t num_threads) {
+  Run(backward, Select(variant, backward.h.dtype).backward, num_threads);
+}
+
+}  // namespace citi

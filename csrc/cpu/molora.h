@@ -1,0 +1,39 @@
+// MOLoRA on the CPU.
+#pragma once
+
+#include "cpu/cpu_features.h"
+#include "molora_arguments.h"
+
+namespace citi {
+
+// Tokens that pass through the rank space together.
+constexpr int64_t kMoloraTokens = 32;
+
+// Entries of the workspaces, whatever the variant; the sizes must be valid.
+int64_t MoloraForwardWorkspace(const MoloraSizes& sizes);
+int64_t MoloraBackwardWorkspace(const MoloraSizes& sizes);
+
+// The arguments must be valid (`Invalid`), the variant runnable.
+void RunMolora(const MoloraForward& forward, Variant variant, int64_t num_threads);
+void RunMolora(const MoloraBackward& backward, Variant variant, int64_t num_threads);
+
+// Phases run one after another; the tasks of a phase in any order, at the same time.
+template <class Problem>
+struct MoloraPhase {
+  int64_t (*num_tasks)(const Problem& problem);
+  void (*run)(const Problem& problem, int64_t task);
+};
+
+struct MoloraKernels {
+  MoloraPhase<MoloraForward> forward[2];
+  MoloraPhase<MoloraBackward> backward[3];
+};
+
+// For x of this dtype, fp32 or bf16. One for each variant.
+using MoloraKernelsOf = MoloraKernels(DType dtype);
+MoloraKernelsOf MoloraKernelsPortable;
+MoloraKernelsOf MoloraKernelsAvx2;
+MoloraKernelsOf MoloraKernelsAvx512;
+MoloraKernelsOf MoloraKernelsAvx512Bf16;
+
+}  // namespace citi

@@ -1,0 +1,138 @@
+// The passes of MOLoRA over big matrices, in terms of sixteen lanes; compiled once for each
+// variant.
+//
+// `Shrink` dots the rows of a matrix with a few others, `Expand` adds to it in place,
+// `SumOverTokens` contracts it with a few columns. The first two take a block of tokens, the last a
+// block of columns; every sum has one order, whatever the threads and the strides.
+#pragma once
+
+#include "cpu/molora.h"
+#include "cpu/molora_panels.h"
+
+namespace citi {
+namespace {
+
+// Words of a token that Shrink takes at once, and how far one token's are from the next one's.
+constexpr int64_t kShrinkWords = 96;
+constexpr int64_t kShrinkStride = kShrinkWords + 16;
+constexpr int64_t kSumColumns = 144;
+constexpr int64_t kSumRows = 48;
+constexpr int64_t kSumWords = 64;
+
+struct TokenBlock {
+  int64_t begin;
+  int64_t num_tokens;
+};
+
+// What is changed in place comes as a matrix as well.
+template <class Element>
+inline Element* RowOf(const Matrix& matrix, int64_t row) {
+  return static_cast<Element*>(const_cast<void*>(matrix.data)) + row * matrix.row_stride;
+}
+
+// Asks for rows [begin, end) of a few columns ahead of their use: hardware does not follow so many
+// rows at once.
+template <class Element>
+inline void PrefetchRows(const Matrix& matrix, int64_t begin, int64_t end, int64_t column,
+                         int64_t num_columns) {
+#if defined(__GNUC__)
+  constexpr int64_t kLine = 64;
+  if (matrix.column_stride != 1) return;
+  for (int64_t i = begin; i < end; ++i) {
+    const char* row = reinterpret_cast<const char*>(RowOf<Element>(matrix, i) + column);
+    const int64_t num_bytes = num_columns * static_cast<int64_t>(sizeof(Element));
+    for (int64_t at = 0; at < num_bytes; at += kLine) __builtin_prefetch(row + at);
+    __builtin_prefetch(row + num_bytes - 1);
+  }
+#endif
+}
+
+// sums[t, lane] = <row t of the block, lane of the panel>; (num_tokens, lanes of the panel)
+template <class Words>
+void Shrink(const Matrix& matrix, const TokenBlock& block, const Panel<Words>& panel,
+            int64_t num_columns, float* sums) {
+  constexpr int64_t n = Words::kNumbers;
+  alignas(64) typename Words::Number words[kMoloraTokens * kShrinkStride * n];
+  const int64_t num_lanes = panel.num_lanes();
+  Fill(sums, 1, block.num_tokens * num_lanes);
+  for (int64_t d = 0; d < panel.depth(); d += kShrinkWords) {
+    const int64_t depth = Min(kShrinkWords, panel.depth() - d);
+    const int64_t width = Min(depth * n, num_columns - d * n);
+    for (int64_t t = 0; t < block.num_tokens; ++t) {
+      typename Words::Number* to = words + t * kShrinkStride * n;
+      CopyRow<Words>(AllRowsOf(matrix), block.begin + t, d * n, width, to, 1);
+      Fill(to + width, 1, depth * n - width);
+    }
+    const int64_t next = (d + kShrinkWords) * n;
+    if (next < num_columns) {
+      PrefetchRows<typename Words::Element>(matrix, block.begin, block.begin + block.num_tokens,
+                                            next, Min(kShrinkWords * n, num_columns - next));
+    }
+    for (int64_t lane = 0; lane < num_lanes; lane += kTileLanes) {
+      const int64_t tile_lanes = panel.TileLanes(lane);
+      const typename Words::Number* right = panel.Tile(lane) + d * tile_lanes * n;
+      for (int64_t t = 0; t < block.num_tokens; t += kTileRows) {
+        MultiplyTile<Words, kShrinkStride>(
+            Min(kTileRows, block.num_tokens - t), tile_lanes / kLanes,
+            TileOperands<Words>{words + t * kShrinkStride * n, 1, right, tile_lanes, depth},
+            AddToSums{sums + t * num_lanes + lane, num_lanes});
+      }
+    }
+  }
+}
+
+// matrix[t] += sum of left[d, t] * panel[d]; left is (depth, kMoloraTokens)
+template <class Words>
+void Expand(const typename Words::Number* left, const Panel<Words>& panel, const Matrix& matrix,
+            const TokenBlock& block, int64_t num_columns, bool is_added) {
+  using X = typename Words::Element;
+  for (int64_t lane = 0; lane < num_columns; lane += kTileLanes) {
+    const int64_t tile_lanes = panel.TileLanes(lane);
+    const int64_t num_next = Min(kTileLanes, num_columns - lane - tile_lanes);
+    for (int64_t t = 0; t < block.num_tokens; t += kTileRows) {
+      if (num_next > 0) {
+        PrefetchRows<X>(matrix, block.begin + t, block.begin + Min(t + kTileRows, block.num_tokens),
+                        lane + tile_lanes, num_next);
+      }
+      MultiplyTile<Words, 1>(Min(kTileRows, block.num_tokens - t), tile_lanes / kLanes,
+                             TileOperands<Words>{left + t * Words::kNumbers, kMoloraTokens,
+                                                 panel.Tile(lane), tile_lanes, panel.depth()},
+                             AddToMatrix<X>{RowOf<X>(matrix, block.begin + t) + lane,
+                                            matrix.row_stride, num_columns - lane, is_added});
+    }
+  }
+}
+
+// sums[m, j] = sum of left[t, m] * tokens[t, column + j] over all t; left is (T, left_stride)
+template <class Words>
+void SumOverTokens(const typename Words::Number* left, int64_t left_stride, int64_t num_rows,
+                   const Rows& tokens, int64_t num_columns, int64_t column,
+                   float (*sums)[kSumColumns]) {
+  constexpr int64_t n = Words::kNumbers;
+  alignas(64) typename Words::Number panel[kSumWords * kTileLanes * n];
+  for (int64_t m = 0; m < num_rows; ++m) Fill(sums[m], 1, kSumColumns);
+  const int64_t end = Min(column + kSumColumns, num_columns);
+  const int64_t num_words = WordsOf<Words>(tokens.num_rows);
+  for (int64_t d = 0; d < num_words; d += kSumWords) {
+    const int64_t depth = Min(kSumWords, num_words - d);
+    for (int64_t lane = column; lane < end; lane += kTileLanes) {
+      const int64_t tile_lanes = RoundUp(Min(kTileLanes, end - lane), kLanes);
+      PackRowsAsDepth<Words>(tokens, num_columns, lane, tile_lanes, d, d + depth, panel);
+      const bool is_last = lane + kTileLanes >= end;
+      const int64_t next_d = is_last ? d + kSumWords : d;
+      const int64_t next_lane = is_last ? column : lane + kTileLanes;
+      PrefetchRows<typename Words::Element>(tokens.first, Min(next_d * n, tokens.num_rows),
+                                            Min((next_d + kSumWords) * n, tokens.num_rows),
+                                            next_lane, Min(kTileLanes, end - next_lane));
+      for (int64_t m = 0; m < num_rows; m += kTileRows) {
+        MultiplyTile<Words, 1>(Min(kTileRows, num_rows - m), tile_lanes / kLanes,
+                               TileOperands<Words>{left + (d * left_stride + m) * n, left_stride,
+                                                   panel, tile_lanes, depth},
+                               AddToSums{sums[m] + lane - column, kSumColumns});
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace citi

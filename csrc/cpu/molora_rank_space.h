@@ -1,0 +1,117 @@
+// What happens to a token in the rank space: routing, and its gradient.
+//
+// u and dz leave in the layouts of a left operand: for Expand blocks of (depth, kMoloraTokens), for
+// SumOverTokens (T, columns).
+#pragma once
+
+#include <cmath>
+
+#include "cpu/molora_passes.h"
+
+namespace citi {
+namespace {
+
+// Numbers of a few tokens as Expand takes them; column j of token t of a block.
+template <class Words>
+struct ExpandOperand {
+  typename Words::Number* numbers;
+  int64_t num_columns;
+
+  typename Words::Number* Block(int64_t begin) const {
+    return numbers + begin * WordsOf<Words>(num_columns) * Words::kNumbers;
+  }
+  static void Put(typename Words::Number* block, int64_t t, int64_t j,
+                  typename Words::Number number) {
+    constexpr int64_t n = Words::kNumbers;
+    block[(j / n * kMoloraTokens + t) * n + j % n] = number;
+  }
+  // The other number of the last word.
+  void Complete(typename Words::Number* block, int64_t t) const {
+    if (num_columns % Words::kNumbers != 0) Put(block, t, num_columns, {});
+  }
+};
+
+// Numbers of all tokens as SumOverTokens takes them.
+template <class Words>
+struct SumOperand {
+  typename Words::Number* numbers;
+  int64_t num_columns;
+
+  void Put(int64_t t, int64_t j, typename Words::Number number) const {
+    constexpr int64_t n = Words::kNumbers;
+    numbers[(t / n * num_columns + j) * n + t % n] = number;
+  }
+  // The other token of the last word.
+  void Complete(int64_t num_tokens) const {
+    if (num_tokens % Words::kNumbers == 0) return;
+    for (int64_t j = 0; j < num_columns; ++j) Put(num_tokens, j, {});
+  }
+};
+
+inline void Softmax(const float* logits, int64_t n, float* probs) {
+  float largest = logits[0];
+  for (int64_t i = 1; i < n; ++i) largest = logits[i] > largest ? logits[i] : largest;
+  float sum = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    probs[i] = std::exp(logits[i] - largest);
+    sum += probs[i];
+  }
+  for (int64_t i = 0; i < n; ++i) probs[i] /= sum;
+}
+
+// h and the gates of one token from its z = [h; logits]; puts u.
+template <class Words>
+void Route(const MoloraForward& forward, const float* z, int64_t token,
+           typename Words::Number* u_of_block, int64_t t) {
+  using X = typename Words::Element;
+  const MoloraSizes& sizes = forward.sizes;
+  X* h = static_cast<X*>(forward.h.data) + token * sizes.stacked_rank;
+  float* probs = static_cast<float*>(forward.probs.data) + token * sizes.num_gates();
+  Softmax(z + sizes.stacked_rank, sizes.num_gates(), probs);
+  const int64_t rank = sizes.stacked_rank / sizes.num_experts;
+  for (int64_t e = 0, j = 0; e < sizes.num_experts; ++e) {
+    const float scale = forward.scaling * probs[e + 1];
+    for (const int64_t end = j + rank; j < end; ++j) {
+      h[j] = Rounded<X>(z[j]);
+      ExpandOperand<Words>::Put(u_of_block, t, j, Words::Of(ToFloat(h[j]) * scale));
+    }
+  }
+}
+
+// The gradient of one token's z; du is null where y took no part in the loss.
+template <class Words>
+struct RankGradient {
+  const MoloraBackward& backward;
+  int64_t token;
+  float dz[kMaxMoloraRows];
+
+  void Compute(const float* du) {
+    using X = typename Words::Element;
+    const MoloraSizes& sizes = backward.sizes;
+    const int64_t num_gates = sizes.num_gates();
+    const X* h = static_cast<const X*>(backward.h.data) + token * sizes.stacked_rank;
+    const float* probs = static_cast<const float*>(backward.probs.data) + token * num_gates;
+    float* dgate = dz + sizes.stacked_rank;
+    for (int64_t i = 0; i < num_gates; ++i) {
+      const float* given = static_cast<const float*>(backward.dgate.data);
+      dgate[i] = given == nullptr ? 0.0f : given[token * num_gates + i];
+    }
+    const int64_t rank = sizes.stacked_rank / sizes.num_experts;
+    for (int64_t e = 0, j = 0; e < sizes.num_experts; ++e) {
+      float dot = 0.0f;
+      const float scale = backward.scaling * probs[e + 1];
+      for (const int64_t end = j + rank; j < end; ++j) {
+        const float du_j = du == nullptr ? 0.0f : du[j];
+        dot += ToFloat(h[j]) * du_j;
+        dz[j] = scale * du_j;
+      }
+      dgate[e + 1] += backward.scaling * dot;
+    }
+    float mean = 0.0f;
+    for (int64_t i = 0; i < num_gates; ++i) mean += probs[i] * dgate[i];
+    for (int64_t i = 0; i < num_gates; ++i) dgate[i] = probs[i] * (dgate[i] - mean);
+  }
+};
+
+}  // namespace
+}  // namespace citi

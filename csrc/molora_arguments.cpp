@@ -1,0 +1,198 @@
+#include "molora_arguments.h"
+
+#include <initializer_list>
+#include <utility>
+#include <vector>
+
+namespace citi {
+namespace {
+
+// So that no product of sizes overflows.
+constexpr int64_t kMaxSize = int64_t{1} << 40;
+
+bool IsTaken(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kBFloat16; }
+
+// Bytes that an argument covers.
+struct Extent {
+  std::string name;
+  uintptr_t begin, end;
+};
+
+Extent ExtentOf(const std::string& name, const Vector& vector) {
+  const auto begin = reinterpret_cast<uintptr_t>(vector.data);
+  return {name, begin, begin + static_cast<uintptr_t>(vector.size * SizeOf(vector.dtype))};
+}
+
+Extent ExtentOf(const std::string& name, const Matrix& matrix, int64_t num_rows,
+                int64_t num_columns) {
+  const auto begin = reinterpret_cast<uintptr_t>(matrix.data);
+  if (num_rows == 0 || num_columns == 0) return {name, begin, begin};
+  const int64_t last =
+      (num_rows - 1) * matrix.row_stride + (num_columns - 1) * matrix.column_stride;
+  return {name, begin, begin + static_cast<uintptr_t>((last + 1) * SizeOf(matrix.dtype))};
+}
+
+// Every output must lie apart from the inputs and from the other outputs.
+std::string Overlapping(const std::vector<Extent>& outputs, const std::vector<Extent>& inputs) {
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    std::vector<Extent> others(inputs);
+    others.insert(others.end(), outputs.begin(), outputs.begin() + static_cast<std::ptrdiff_t>(i));
+    for (const Extent& other : others) {
+      if (outputs[i].begin < other.end && other.begin < outputs[i].end) {
+        return outputs[i].name + ": must not overlap " + other.name;
+      }
+    }
+  }
+  return "";
+}
+
+// Checks one argument after the other until the first that is wrong.
+class Checker {
+ public:
+  explicit Checker(const MoloraSizes& sizes) : problem_(Invalid(sizes)) {}
+
+  void CheckInput(const char* name, const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
+    if (!CheckMatrix(name, matrix, num_rows, num_columns)) return;
+    inputs_.push_back(ExtentOf(name, matrix, num_rows, num_columns));
+  }
+  void CheckInput(const char* name, const Vector& vector, int64_t size) {
+    if (CheckVector(name, vector, size)) inputs_.push_back(ExtentOf(name, vector));
+  }
+  // Rows that lie apart, so that two threads never write to one element.
+  void CheckOutput(const char* name, const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
+    if (!CheckMatrix(name, matrix, num_rows, num_columns)) return;
+    if (num_rows == 0 || num_columns == 0) return;
+    if ((matrix.column_stride != 1 && num_columns > 1) ||
+        (matrix.row_stride < num_columns && num_rows > 1)) {
+      problem_ = std::string(name) + ": rows must be contiguous and lie apart";
+      return;
+    }
+    outputs_.push_back(ExtentOf(name, matrix, num_rows, num_columns));
+  }
+  void CheckOutput(const char* name, const Vector& vector, int64_t size) {
+    if (CheckVector(name, vector, size)) outputs_.push_back(ExtentOf(name, vector));
+  }
+  void CheckDType(const char* name, DType dtype, DType wanted) {
+    if (problem_.empty() && dtype != wanted) {
+      problem_ = std::string(name) + ": dtype must be " +
+                 (wanted == DType::kFloat32 ? "fp32" : "that of h, bf16");
+    }
+  }
+  void CheckTaken(const char* name, DType dtype) {
+    if (problem_.empty() && !IsTaken(dtype)) {
+      problem_ = std::string(name) + ": dtype must be fp32 or bf16";
+    }
+  }
+  void Require(bool holds, const char* otherwise) {
+    if (problem_.empty() && !holds) problem_ = otherwise;
+  }
+  bool IsFine() const { return problem_.empty(); }
+  std::string Problem() const {
+    return problem_.empty() ? Overlapping(outputs_, inputs_) : problem_;
+  }
+
+ private:
+  bool CheckMatrix(const char* name, const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
+    CheckTaken(name, matrix.dtype);
+    if (problem_.empty()) problem_ = InvalidMatrix(name, matrix, num_rows, num_columns);
+    return problem_.empty();
+  }
+  bool CheckVector(const char* name, const Vector& vector, int64_t size) {
+    CheckTaken(name, vector.dtype);
+    if (problem_.empty()) problem_ = InvalidVector(name, vector, size);
+    return problem_.empty();
+  }
+
+  std::string problem_;
+  std::vector<Extent> inputs_, outputs_;
+};
+
+void CheckAdapter(const MoloraSizes& sizes, const Matrix& a, const Matrix& b, const Matrix& router,
+                  Checker* checker) {
+  checker->CheckInput("a", a, sizes.stacked_rank, sizes.num_in);
+  checker->CheckInput("b", b, sizes.num_out, sizes.stacked_rank);
+  checker->CheckInput("router", router, sizes.num_gates(), sizes.num_in);
+}
+
+}  // namespace
+
+std::string Invalid(const MoloraSizes& sizes) {
+  for (const auto& [name, size] :
+       {std::pair{"num_tokens", sizes.num_tokens}, std::pair{"num_in", sizes.num_in},
+        std::pair{"num_out", sizes.num_out}}) {
+    if (size < 0 || size > kMaxSize) {
+      return std::string("shape: ") + name + " must be in [0, 2^40], got " + std::to_string(size);
+    }
+  }
+  if (sizes.stacked_rank < 1 || sizes.stacked_rank > kMaxStackedRank) {
+    return "shape: stacked_rank must be in [1, " + std::to_string(kMaxStackedRank) + "], got " +
+           std::to_string(sizes.stacked_rank);
+  }
+  if (sizes.num_experts < 1 || sizes.stacked_rank % sizes.num_experts != 0) {
+    return "shape: num_experts must divide the stacked rank " + std::to_string(sizes.stacked_rank) +
+           ", got " + std::to_string(sizes.num_experts);
+  }
+  return "";
+}
+
+std::string Invalid(const MoloraForward& forward, int64_t workspace_size) {
+  const MoloraSizes& sizes = forward.sizes;
+  Checker checker(sizes);
+  const DType dtype = forward.h.dtype;
+  if (!checker.IsFine()) return checker.Problem();
+  checker.CheckOutput("h", forward.h, sizes.num_tokens * sizes.stacked_rank);
+  checker.CheckDType("x", forward.x.dtype, dtype);
+  checker.CheckInput("x", forward.x, sizes.num_tokens, sizes.num_in);
+  CheckAdapter(sizes, forward.a, forward.b, forward.router, &checker);
+  checker.CheckDType("y", forward.y.dtype, dtype);
+  checker.CheckOutput("y", forward.y, sizes.num_tokens, sizes.num_out);
+  checker.CheckDType("probs", forward.probs.dtype, DType::kFloat32);
+  checker.CheckOutput("probs", forward.probs, sizes.num_tokens * sizes.num_gates());
+  checker.CheckDType("workspace", forward.workspace.dtype, DType::kFloat32);
+  checker.CheckOutput("workspace", forward.workspace, workspace_size);
+  return checker.Problem();
+}
+
+std::string Invalid(const MoloraBackward& backward, int64_t workspace_size) {
+  const MoloraSizes& sizes = backward.sizes;
+  Checker checker(sizes);
+  const DType dtype = backward.h.dtype;
+  if (!checker.IsFine()) return checker.Problem();
+  checker.CheckInput("h", backward.h, sizes.num_tokens * sizes.stacked_rank);
+  checker.CheckDType("probs", backward.probs.dtype, DType::kFloat32);
+  checker.CheckInput("probs", backward.probs, sizes.num_tokens * sizes.num_gates());
+  if (backward.dy.data != nullptr) {
+    checker.CheckDType("dy", backward.dy.dtype, dtype);
+    checker.CheckInput("dy", backward.dy, sizes.num_tokens, sizes.num_out);
+  }
+  if (backward.x.data != nullptr) {
+    checker.CheckDType("x", backward.x.dtype, dtype);
+    checker.CheckInput("x", backward.x, sizes.num_tokens, sizes.num_in);
+  }
+  CheckAdapter(sizes, backward.a, backward.b, backward.router, &checker);
+  if (backward.dgate.data != nullptr) {
+    checker.CheckDType("dgate", backward.dgate.dtype, DType::kFloat32);
+    checker.CheckInput("dgate", backward.dgate, sizes.num_tokens * sizes.num_gates());
+  }
+  if (backward.dx.data != nullptr) {
+    checker.CheckDType("dx", backward.dx.dtype, dtype);
+    checker.CheckOutput("dx", backward.dx, sizes.num_tokens, sizes.num_in);
+  }
+  const auto check_gradient = [&](const char* name, const Vector& gradient, int64_t size) {
+    if (gradient.data != nullptr) checker.CheckOutput(name, gradient, size);
+  };
+  check_gradient("da", backward.da, sizes.stacked_rank * sizes.num_in);
+  check_gradient("db", backward.db, sizes.num_out * sizes.stacked_rank);
+  check_gradient("drouter", backward.drouter, sizes.num_gates() * sizes.num_in);
+  const bool is_empty = sizes.num_tokens == 0;
+  checker.Require(backward.db.data == nullptr || backward.dy.data != nullptr || is_empty,
+                  "dy: must be given where db is asked for");
+  const bool needs_x = backward.da.data != nullptr || backward.drouter.data != nullptr;
+  checker.Require(!needs_x || backward.x.data != nullptr || is_empty,
+                  "x: must be given where da or drouter is asked for");
+  checker.CheckDType("workspace", backward.workspace.dtype, DType::kFloat32);
+  checker.CheckOutput("workspace", backward.workspace, workspace_size);
+  return checker.Problem();
+}
+
+}  // namespace citi

@@ -1,0 +1,76 @@
+// MOLoRA besides the linear layer it sits on: the problem, as the CPU backend takes it.
+//
+//   forward    h = a x    gate = softmax(router x)    u = scaling h ⊙ repeat(gate[1:], r)
+//              y += b u
+//   backward   du = bᵀ dy    dgate_i = scaling <h_i, du_i> + dgate_sums_i
+//              dz = [scaling du ⊙ repeat(gate[1:], r); gate ⊙ (dgate - <gate, dgate>)]
+//              dx += [a; router]ᵀ dz    db = dyᵀ u    [da; drouter] = dzᵀ x
+//
+// x, dy, y, dx and h share one dtype, fp32 or bf16; a, b, router and their gradients each have one
+// of these. Sums, gates and softmax are fp32. u and dz are rounded to the dtype of x.
+//
+// Shapes: T tokens, K in-features, N out-features, E experts, R stacked rank (E·r), G = E + 1,
+// Z = R + G.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "tensors.h"
+
+namespace citi {
+
+constexpr int64_t kMaxStackedRank = 128;
+// Of z; an expert has a rank of at least 1.
+constexpr int64_t kMaxMoloraRows = 2 * kMaxStackedRank + 1;
+
+struct MoloraSizes {
+  int64_t num_tokens;
+  int64_t num_in;
+  int64_t num_out;
+  int64_t num_experts;
+  int64_t stacked_rank;  // divisible by num_experts
+
+  int64_t num_gates() const { return num_experts + 1; }
+  int64_t num_rows() const { return stacked_rank + num_gates(); }
+};
+
+struct MoloraForward {
+  MoloraSizes sizes;
+  float scaling;
+  Matrix x;          // (T, K)
+  Matrix a;          // (R, K)
+  Matrix b;          // (N, R)
+  Matrix router;     // (G, K)
+  Matrix y;          // (T, N), changed in place
+  bool has_base;     // whether y is added to; otherwise it is overwritten
+  Vector h;          // (T, R), overwritten
+  Vector probs;      // (T, G) fp32, overwritten
+  Vector workspace;  // fp32, MoloraForwardWorkspace entries
+};
+
+struct MoloraBackward {
+  MoloraSizes sizes;
+  float scaling;
+  Matrix dy;         // (T, N); none where y took no part in the loss
+  Matrix x;          // (T, K); none where neither da nor drouter is asked for
+  Matrix a;          // (R, K)
+  Matrix b;          // (N, R)
+  Matrix router;     // (G, K)
+  Vector h;          // (T, R)
+  Vector probs;      // (T, G) fp32
+  Vector dgate;      // (T, G) fp32, what the gate sums send back, or none
+  Matrix dx;         // (T, K), changed in place, or none
+  bool has_base;     // whether dx is added to; otherwise it is overwritten
+  Vector da;         // (R, K), overwritten, or none
+  Vector db;         // (N, R), overwritten, or none; needs dy
+  Vector drouter;    // (G, K), overwritten, or none
+  Vector workspace;  // fp32, MoloraBackwardWorkspace entries
+};
+
+// What is wrong with the arguments, naming the first one, or "". Sizes may be 0, but experts.
+std::string Invalid(const MoloraSizes& sizes);
+std::string Invalid(const MoloraForward& forward, int64_t workspace_size);
+std::string Invalid(const MoloraBackward& backward, int64_t workspace_size);
+
+}  // namespace citi

@@ -1,0 +1,293 @@
+#include "skinny_arguments.h"
+
+#include <initializer_list>
+#include <utility>
+
+namespace citi {
+namespace {
+
+constexpr int64_t kMaxSize = int64_t{1} << 40;
+constexpr int64_t kMaxParts = 4096;
+
+bool Is16Bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+
+std::string First(std::initializer_list<std::string> problems) {
+  for (const std::string& problem : problems) {
+    if (!problem.empty()) return problem;
+  }
+  return "";
+}
+
+// size: entries, as a product that may not fit.
+std::string InvalidProduct(const std::string& name, std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    if (size > 0 && product > kMaxElements / size) return name + ": too many entries";
+    product *= size;
+  }
+  return "";
+}
+
+std::string InvalidTensor(const std::string& name, const Vector& vector, DType dtype,
+                          std::initializer_list<int64_t> sizes) {
+  const std::string problem = InvalidProduct(name, sizes);
+  if (!problem.empty()) return problem;
+  if (vector.data == nullptr) return name + ": data must not be null";
+  if (vector.dtype != dtype) {
+    return name + (dtype == DType::kFloat32 ? ": dtype must be fp32" : ": dtype must be that of ") +
+           (dtype == DType::kFloat32 ? "" : "the others, bf16 or fp16");
+  }
+  if (reinterpret_cast<uintptr_t>(vector.data) % 16 != 0) {
+    return name + ": data must be aligned to 16 bytes";
+  }
+  int64_t size = 1;
+  for (const int64_t each : sizes) size *= each;
+  return InvalidVector(name, vector, size);
+}
+
+// Rows that cp.async can read, 16 bytes at a time.
+std::string InvalidRows(const std::string& name, const Matrix& matrix, int64_t num_rows,
+                        int64_t num_columns) {
+  if (!Is16Bit(matrix.dtype)) return name + ": dtype must be bf16 or fp16";
+  if (num_columns % 8 != 0) return name + ": columns must be a multiple of 8";
+  if (matrix.column_stride != 1) return name + ": columns must be contiguous";
+  if (matrix.row_stride % 8 != 0 || reinterpret_cast<uintptr_t>(matrix.data) % 16 != 0) {
+    return name + ": rows must be aligned to 16 bytes";
+  }
+  return InvalidMatrix(name, matrix, num_rows, num_columns);
+}
+
+std::string InvalidDropout(const std::optional<Dropout>& dropout) {
+  if (!dropout || dropout->inverse_keep >= 1.0f) return "";
+  return "dropout: 1 / (1 - p) must be at least 1";
+}
+
+// A tensor by its name; null: left out.
+struct Named {
+  const char* name;
+  Vector vector;
+};
+
+Vector AsBytes(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
+  const int64_t size =
+      (num_rows - 1) * matrix.row_stride + (num_columns - 1) * matrix.column_stride + 1;
+  return {const_cast<void*>(matrix.data), matrix.num_bytes, matrix.dtype, size};
+}
+
+// The first `num_written` of the tensors overlap none of the others.
+std::string InvalidOverlap(const std::vector<Named>& tensors, size_t num_written) {
+  for (size_t i = 0; i < num_written; ++i) {
+    if (tensors[i].vector.data == nullptr) continue;
+    for (size_t j = i + 1; j < tensors.size(); ++j) {
+      if (tensors[j].vector.data == nullptr) continue;
+      if (Overlap(tensors[i].vector, tensors[j].vector)) {
+        return std::string(tensors[i].name) + ": must not overlap " + tensors[j].name;
+      }
+    }
+  }
+  return "";
+}
+
+std::string InvalidCount(const std::string& name, int64_t count, int64_t most) {
+  if (count >= 1 && count <= most) return "";
+  return name + ": must be in [1, " + std::to_string(most) + "], got " + std::to_string(count);
+}
+
+}  // namespace
+
+std::string InvalidSize(const std::string& name, int64_t size, int64_t most) {
+  return InvalidCount(name, size, most);
+}
+
+std::string Invalid(const RankShape& shape) {
+  std::string problem = First({InvalidCount("num_tokens", shape.num_tokens, kMaxSize),
+                               InvalidCount("num_experts", shape.num_experts, kMaxSkinnyGates - 1),
+                               InvalidCount("expert_rank", shape.expert_rank, kMaxSkinnyRanks)});
+  if (problem.empty() && shape.num_ranks() > kMaxSkinnyRanks) {
+    problem = "shape: num_experts * expert_rank must be at most " +
+              std::to_string(kMaxSkinnyRanks) + ", got " + std::to_string(shape.num_ranks());
+  }
+  return problem;
+}
+
+std::string Invalid(const ShrinkArguments& s, int64_t num_splits) {
+  std::string problem = First({Invalid(s.shape), InvalidCount("num_inputs", s.num_inputs, kMaxSize),
+                               InvalidDropout(s.dropout)});
+  if (!problem.empty()) return problem;
+  const auto [num_tokens, num_experts, expert_rank] = s.shape;
+  if (s.top_k < 0 || s.top_k > num_experts) {
+    return "top_k: must be in [0, " + std::to_string(num_experts) + "], got " +
+           std::to_string(s.top_k);
+  }
+  problem =
+      First({InvalidRows("x", s.x, num_tokens, s.num_inputs),
+             InvalidTensor("stack", s.stack, s.x.dtype, {s.shape.num_rows(), s.num_inputs}),
+             InvalidTensor("h", s.h, s.x.dtype, {num_tokens, s.shape.num_ranks()}),
+             InvalidTensor("u", s.u, s.x.dtype, {num_tokens, s.shape.padded_ranks()}),
+             InvalidTensor("probs", s.probs, DType::kFloat32, {num_tokens, s.shape.num_gates()})});
+  if (problem.empty() && num_splits > 1) {
+    problem = InvalidTensor("parts", s.parts, DType::kFloat32,
+                            {num_splits, num_tokens, s.shape.num_rows()});
+  }
+  if (!problem.empty()) return problem;
+  return InvalidOverlap({{"h", s.h},
+                         {"u", s.u},
+                         {"probs", s.probs},
+                         {"parts", s.parts},
+                         {"x", AsBytes(s.x, num_tokens, s.num_inputs)},
+                         {"stack", s.stack}},
+                        4);
+}
+
+std::string Invalid(const RowProductArguments& s, int64_t num_splits) {
+  std::string problem = First({InvalidCount("num_tokens", s.num_tokens, kMaxSize),
+                               InvalidCount("num_columns", s.num_columns, kMaxSize),
+                               InvalidCount("num_rows", s.num_rows, kMaxSkinnyRanks)});
+  if (problem.empty() && s.num_rows % 8 != 0) problem = "num_rows: must be a multiple of 8";
+  if (!problem.empty()) return problem;
+  problem = First(
+      {InvalidRows("wide", s.wide, s.num_tokens, s.num_columns),
+       InvalidTensor("rows", s.rows, s.wide.dtype, {s.num_rows, s.num_columns}),
+       InvalidTensor("parts", s.parts, DType::kFloat32, {num_splits, s.num_tokens, s.num_rows})});
+  if (!problem.empty()) return problem;
+  return InvalidOverlap({{"parts", s.parts},
+                         {"wide", AsBytes(s.wide, s.num_tokens, s.num_columns)},
+                         {"rows", s.rows}},
+                        1);
+}
+
+std::string Invalid(const FactorArguments& s, int64_t num_tiles, int64_t num_shares) {
+  const int64_t most = kMaxSkinnyRanks + kMaxSkinnyGates;
+  std::string problem = First({InvalidCount("num_tokens", s.num_tokens, kMaxSize),
+                               InvalidCount("num_columns", s.num_columns, kMaxSize),
+                               InvalidCount("num_narrow", s.num_narrow, most),
+                               InvalidCount("rank_columns", s.rank_columns + 1, most + 1),
+                               InvalidDropout(s.dropout)});
+  if (problem.empty() && s.num_narrow % 8 != 0) problem = "num_narrow: must be a multiple of 8";
+  if (problem.empty() && s.rank_columns % 8 != 0) problem = "rank_columns: must be a multiple of 8";
+  if (!problem.empty()) return problem;
+  problem = First({InvalidRows("wide", s.wide, s.num_tokens, s.num_columns),
+                   InvalidRows("narrow", s.narrow, s.num_tokens, s.num_narrow)});
+  if (problem.empty() && s.narrow.dtype != s.wide.dtype) problem = "narrow: dtype must be wide's";
+  if (problem.empty()) {
+    problem =
+        InvalidTensor("parts", s.parts, DType::kFloat32, {num_shares, s.num_columns, s.num_narrow});
+  }
+  if (problem.empty() && s.num_ranks != 0) {
+    if (s.dropout) return "dropout: b must be left out with it";
+    if (s.num_ranks < 0 || Padded(s.num_ranks) != s.num_narrow) {
+      return "num_ranks: must be num_narrow but for padding, got " + std::to_string(s.num_ranks);
+    }
+    problem = First(
+        {InvalidTensor("b", s.b, s.wide.dtype, {s.num_columns, s.num_ranks}),
+         InvalidTensor("du", s.du, DType::kFloat32, {num_tiles, s.num_tokens, s.num_narrow})});
+  }
+  if (!problem.empty()) return problem;
+  return InvalidOverlap({{"parts", s.parts},
+                         {"du", s.du},
+                         {"b", s.b},
+                         {"wide", AsBytes(s.wide, s.num_tokens, s.num_columns)},
+                         {"narrow", AsBytes(s.narrow, s.num_tokens, s.num_narrow)}},
+                        2);
+}
+
+std::string Invalid(const ScaleArguments& s) {
+  std::string problem = Invalid(s.shape);
+  if (!problem.empty()) return problem;
+  if (!Is16Bit(s.h.dtype)) return "h: dtype must be bf16 or fp16";
+  const int64_t num_tokens = s.shape.num_tokens;
+  problem =
+      First({InvalidTensor("h", s.h, s.h.dtype, {num_tokens, s.shape.num_ranks()}),
+             InvalidTensor("probs", s.probs, DType::kFloat32, {num_tokens, s.shape.num_gates()}),
+             InvalidTensor("u", s.u, s.h.dtype, {num_tokens, s.shape.padded_ranks()})});
+  if (!problem.empty()) return problem;
+  return InvalidOverlap({{"u", s.u}, {"h", s.h}, {"probs", s.probs}}, 1);
+}
+
+std::string Invalid(const RankArguments& s) {
+  std::string problem = Invalid(s.shape);
+  if (!problem.empty()) return problem;
+  if (!Is16Bit(s.h.dtype)) return "h: dtype must be bf16 or fp16";
+  const int64_t num_tokens = s.shape.num_tokens, num_gates = s.shape.num_gates();
+  problem = First({InvalidTensor("h", s.h, s.h.dtype, {num_tokens, s.shape.num_ranks()}),
+                   InvalidTensor("probs", s.probs, DType::kFloat32, {num_tokens, num_gates}),
+                   InvalidTensor("dz", s.dz, s.h.dtype, {num_tokens, s.shape.num_rows()})});
+  if (problem.empty() && s.du.data != nullptr) {
+    problem = First({InvalidCount("num_parts", s.num_parts, kMaxSize),
+                     InvalidTensor("du", s.du, DType::kFloat32,
+                                   {s.num_parts, num_tokens, s.shape.padded_ranks()})});
+  }
+  if (problem.empty() && s.dgate.data != nullptr) {
+    problem = InvalidTensor("dgate", s.dgate, DType::kFloat32, {num_tokens, num_gates});
+  }
+  if (!problem.empty()) return problem;
+  return InvalidOverlap(
+      {{"dz", s.dz}, {"du", s.du}, {"h", s.h}, {"probs", s.probs}, {"dgate", s.dgate}}, 1);
+}
+
+std::string Invalid(const SumArguments& s) {
+  std::string problem = First({InvalidCount("num_parts", s.num_parts, kMaxParts),
+                               InvalidCount("num_rows", s.num_rows, kMaxSize),
+                               InvalidCount("num_columns", s.num_columns, 1024),
+                               InvalidCount("outputs", static_cast<int64_t>(s.outputs.size()), 2)});
+  if (!problem.empty()) return problem;
+  problem =
+      InvalidTensor("parts", s.parts, DType::kFloat32, {s.num_parts, s.num_rows, s.num_columns});
+  std::vector<Named> tensors;
+  for (const SumOutput& each : s.outputs) {
+    if (!problem.empty()) return problem;
+    if (each.out.dtype != DType::kFloat32 && !Is16Bit(each.out.dtype)) {
+      return "outputs: dtype must be fp32, bf16 or fp16";
+    }
+    if (each.first < 0 || each.count < 1 || each.first > s.num_columns ||
+        each.count > s.num_columns - each.first) {
+      return "outputs: columns must lie within the " + std::to_string(s.num_columns) +
+             " of the parts";
+    }
+    problem = InvalidVector("outputs", each.out, s.num_rows * each.count);
+    tensors.push_back({"outputs", each.out});
+  }
+  tensors.push_back({"parts", s.parts});
+  return problem.empty() ? InvalidOverlap(tensors, s.outputs.size()) : problem;
+}
+
+std::string Invalid(const InputUpdateArguments& s) {
+  std::string problem = First({Invalid(s.shape), InvalidCount("num_inputs", s.num_inputs, kMaxSize),
+                               InvalidDropout(s.dropout)});
+  if (!problem.empty()) return problem;
+  const int64_t num_tokens = s.shape.num_tokens, num_rows = s.shape.num_rows();
+  problem = First({InvalidRows("dx", s.dx, num_tokens, s.num_inputs),
+                   InvalidTensor("dz", s.dz, s.dx.dtype, {num_tokens, num_rows}),
+                   InvalidTensor("stack", s.stack, s.dx.dtype, {num_rows, s.num_inputs})});
+  if (problem.empty() && num_tokens > 1 && s.dx.row_stride < s.num_inputs) {
+    problem = "dx: rows must not overlap";
+  }
+  if (!problem.empty()) return problem;
+  return InvalidOverlap(
+      {{"dx", AsBytes(s.dx, num_tokens, s.num_inputs)}, {"dz", s.dz}, {"stack", s.stack}}, 1);
+}
+
+std::string Invalid(const NonFiniteArguments& s) {
+  std::string problem = First(
+      {Invalid(s.shape), InvalidCount("num_columns", s.num_columns, kMaxSize),
+       InvalidProduct("out", {s.shape.num_tokens, s.num_columns}), InvalidDropout(s.dropout)});
+  if (!problem.empty()) return problem;
+  const int64_t num_tokens = s.shape.num_tokens, num_ranks = s.shape.num_ranks();
+  if (!Is16Bit(s.out.dtype)) return "out: dtype must be bf16 or fp16";
+  if (s.left.dtype != s.out.dtype) return "left: dtype must be out's";
+  if (s.right.dtype != s.out.dtype) return "right: dtype must be out's";
+  if (s.left.column_stride != 1) return "left: columns must be contiguous";
+  problem =
+      First({InvalidVector("out", s.out, num_tokens * s.num_columns),
+             InvalidMatrix("left", s.left, num_tokens, num_ranks),
+             InvalidMatrix("right", s.right, num_ranks, s.num_columns),
+             InvalidTensor("probs", s.probs, DType::kFloat32, {num_tokens, s.shape.num_gates()})});
+  if (!problem.empty()) return problem;
+  return InvalidOverlap({{"out", s.out},
+                         {"left", AsBytes(s.left, num_tokens, num_ranks)},
+                         {"right", AsBytes(s.right, num_ranks, s.num_columns)},
+                         {"probs", s.probs}},
+                        1);
+}
+
+}  // namespace citi

@@ -1,0 +1,113 @@
+"""The backend "native" of `molora_linear`: when its kernels run, and what does not change a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from citi_kernels import compiled, environment, molora_linear, use_backend
+from citi_kernels.ops import molora_linear_native
+from citi_kernels.ops.molora_linear_contract import Settings
+from citi_kernels.testing import check_molora_linear, evaluate, random_case
+
+pytestmark = pytest.mark.skipif(
+    compiled.why_missing("native") is not None, reason="the extension is not built"
+)
+SEED = torch.tensor(7, device="cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+@pytest.fixture(autouse=True)
+def _native() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    with use_backend("native"):
+        yield
+    torch.set_num_threads(threads)
+    compiled.extension().use_cpu_variant(environment.CPU_FEATURES)
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+@each_dtype
+def test_every_variant_of_this_cpu_holds_the_rule(dtype: torch.dtype) -> None:
+    extension = compiled.extension()
+    for variant in extension.cpu_features:
+        extension.use_cpu_variant(variant)
+        for shape, sizes in (((67, 150, 211), {}), ((5, 9, 300), {"num_experts": 3, "r": 5})):
+            case = random_case(*shape, dtype=dtype, parameter_dtype=torch.float32, **sizes)
+            check_molora_linear(molora_linear, case)
+
+
+@each_dtype
+def test_neither_threads_nor_repeats_change_a_bit(dtype: torch.dtype) -> None:
+    case = random_case(150, 320, 400, dtype=dtype, weight=False)
+    results = []
+    for num_threads in (1, 2, 3, 2):
+        torch.set_num_threads(num_threads)
+        results.append(evaluate(molora_linear, case))
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+@each_dtype
+@pytest.mark.parametrize("parameter_dtype", [torch.float16, torch.float64])
+def test_parameters_of_other_dtypes_are_rounded_as_the_others_are(
+    dtype: torch.dtype, parameter_dtype: torch.dtype
+) -> None:
+    case = random_case(33, 40, 24, dtype=dtype, parameter_dtype=parameter_dtype)
+    check_molora_linear(molora_linear, case)
+    rounded = {
+        name: getattr(case, name).to(dtype).to(torch.float32) for name in ("a", "b", "router")
+    }
+    ours, expected = (
+        evaluate(molora_linear, case),
+        evaluate(molora_linear, replace(case, **rounded)),
+    )
+    for name in expected:
+        assert torch.equal(ours[name], expected[name].to(ours[name].dtype)), name
+    assert ours["da"].dtype == parameter_dtype
+
+
+@pytest.mark.parametrize("sizes", [(0, 16, 12), (5, 0, 12), (5, 16, 0)], ids=["T", "K", "N"])
+@each_dtype
+def test_a_dimension_of_0_gives_what_is_left_of_the_formula(
+    dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> None:
+    case = random_case(*sizes, dtype=dtype) if sizes[1] else _without_features(dtype)
+    ours = evaluate(molora_linear, case)
+    with use_backend("torch"):
+        expected = evaluate(molora_linear, case)
+    assert ours.keys() == expected.keys()
+    # the torch backend rounds logits to bf16
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name], rtol=tolerance, atol=tolerance)
+
+
+def _without_features(dtype: torch.dtype):
+    case = random_case(5, 1, 12, dtype=dtype)
+    return replace(case, **{n: getattr(case, n)[:, :0] for n in ("x", "weight", "a", "router")})
+
+
+def test_the_kernels_run_up_to_a_rank_for_dense_routing_without_dropout() -> None:
+    def path(rank: int = 32, dtype: torch.dtype = torch.bfloat16, **changes: object) -> str:
+        settings = Settings(4, 1.0, None, False, None, 0, 0.0, None)._replace(**changes)
+        return molora_linear_native.path(rank, dtype, settings)
+
+    most = molora_linear_native.MAX_STACKED_RANK
+    assert most <= compiled.extension().molora_max_stacked_rank
+    assert path() == path(most) == path(dtype=torch.float32) == path(top_k=4) == "fused"
+    assert path(most + 1) == path(dtype=torch.float16) == path(dtype=torch.float64) == "library"
+    assert path(top_k=2) == path(dropout_p=0.1, dropout_seed=SEED) == "library"
+
+
+@pytest.mark.parametrize("r", [16, 32, 33])
+def test_ranks_around_the_limit_hold_the_rule(r: int) -> None:
+    check_molora_linear(molora_linear, random_case(37, 70, 53, num_experts=4, r=r))

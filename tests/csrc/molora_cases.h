@@ -1,0 +1,244 @@
+// Random MOLoRA problems in every layout, and their truth by naive loops in fp64.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "cpu/molora.h"
+#include "test_matrix.h"
+
+namespace citi {
+
+struct MoloraCase {
+  MoloraSizes sizes;
+  DType dtype, parameter_dtype;
+  Layout layout;
+  bool has_base;
+
+  std::string Name() const {
+    std::string name = "T K N E R";
+    for (const int64_t size :
+         {sizes.num_tokens, sizes.num_in, sizes.num_out, sizes.num_experts, sizes.stacked_rank}) {
+      name += " " + std::to_string(size);
+    }
+    return name + ", dtypes " + std::to_string(static_cast<int>(dtype)) + " " +
+           std::to_string(static_cast<int>(parameter_dtype)) + ", layout " +
+           std::to_string(static_cast<int>(layout)) + (has_base ? "" : ", no base");
+  }
+};
+
+using Values = std::vector<std::vector<double>>;
+
+// A truth with what its rounding errors scale with.
+struct Truth {
+  Values value, scale;
+
+  Truth(int64_t rows, int64_t columns)
+      : value(static_cast<size_t>(rows), std::vector<double>(static_cast<size_t>(columns))),
+        scale(value) {}
+  void Add(size_t i, size_t j, double term, double magnitude) {
+    value[i][j] += term;
+    scale[i][j] += magnitude;
+  }
+  void Add(size_t i, size_t j, double term) { Add(i, j, term, std::fabs(term)); }
+};
+
+// Everything that a forward and its backward point to. Outputs begin as NaN, y and dx as a base.
+class MoloraProblem {
+ public:
+  explicit MoloraProblem(const MoloraCase& molora_case)
+      : case_(molora_case),
+        sizes_(molora_case.sizes),
+        x(Input(sizes_.num_tokens, sizes_.num_in, case_.dtype, 1)),
+        dy(Input(sizes_.num_tokens, sizes_.num_out, case_.dtype, 2)),
+        a(Input(sizes_.stacked_rank, sizes_.num_in, case_.parameter_dtype, 3)),
+        b(Input(sizes_.num_out, sizes_.stacked_rank, case_.parameter_dtype, 4)),
+        router(Input(sizes_.num_gates(), sizes_.num_in, case_.parameter_dtype, 5)),
+        y(InPlace(sizes_.num_tokens, sizes_.num_out, 6)),
+        dx(InPlace(sizes_.num_tokens, sizes_.num_in, 7)),
+        base(InPlace(sizes_.num_tokens, sizes_.num_out, 6)),
+        dx_base(InPlace(sizes_.num_tokens, sizes_.num_in, 7)),
+        h(Output(sizes_.num_tokens, sizes_.stacked_rank, case_.dtype)),
+        probs(Output(sizes_.num_tokens, sizes_.num_gates(), DType::kFloat32)),
+        dgate(sizes_.num_tokens, sizes_.num_gates(), DType::kFloat32, Layout::kDense, 8),
+        da(Output(sizes_.stacked_rank, sizes_.num_in, case_.parameter_dtype)),
+        db(Output(sizes_.num_out, sizes_.stacked_rank, case_.parameter_dtype)),
+        drouter(Output(sizes_.num_gates(), sizes_.num_in, case_.parameter_dtype)),
+        forward_workspace(Output(1, MoloraForwardWorkspace(sizes_), DType::kFloat32)),
+        backward_workspace(Output(1, MoloraBackwardWorkspace(sizes_), DType::kFloat32)) {
+    if (!case_.has_base) y.FillWithNan(), dx.FillWithNan();
+  }
+
+  MoloraForward Forward() {
+    return {sizes_,
+            kScaling,
+            x.AsMatrix(),
+            a.AsMatrix(),
+            b.AsMatrix(),
+            router.AsMatrix(),
+            y.AsMatrix(),
+            case_.has_base,
+            h.AsVector(),
+            probs.AsVector(),
+            forward_workspace.AsVector()};
+  }
+  MoloraBackward Backward() {
+    return {sizes_,           kScaling,         dy.AsMatrix(),      x.AsMatrix(),
+            a.AsMatrix(),     b.AsMatrix(),     router.AsMatrix(),  h.AsVector(),
+            probs.AsVector(), dgate.AsVector(), dx.AsMatrix(),      case_.has_base,
+            da.AsVector(),    db.AsVector(),    drouter.AsVector(), backward_workspace.AsVector()};
+  }
+
+  // The name of the first output that is not the truth, or "". h and the gates are held to x, a
+  // and router, the others to the h and gates that were saved.
+  std::string Inaccurate() {
+    Truth truth_h(T(), R()), truth_y(T(), sizes_.num_out), truth_dx(T(), sizes_.num_in);
+    Truth truth_da(R(), sizes_.num_in), truth_db(sizes_.num_out, R());
+    Truth truth_drouter(G(), sizes_.num_in);
+    for (int64_t t = 0; t < T(); ++t) {
+      for (int64_t r = 0; r < R(); ++r) {
+        for (int64_t k = 0; k < sizes_.num_in; ++k) truth_h.Add(t, r, a.Get(r, k) * x.Get(t, k));
+      }
+      for (int64_t n = 0; n < sizes_.num_out; ++n) {
+        if (case_.has_base) truth_y.Add(t, n, base.Get(t, n));
+        for (int64_t r = 0; r < R(); ++r) {
+          truth_y.Add(t, n, U(t, r) * b.Get(n, r));
+          truth_db.Add(n, r, dy.Get(t, n) * U(t, r));
+        }
+      }
+      const Truth dz = RankGradient(t);
+      for (int64_t k = 0; k < sizes_.num_in; ++k) {
+        if (case_.has_base) truth_dx.Add(t, k, dx_base.Get(t, k));
+        for (int64_t j = 0; j < R() + G(); ++j) {
+          const double row = j < R() ? a.Get(j, k) : router.Get(j - R(), k);
+          const double value = dz.value[0][j], scale = dz.scale[0][j];
+          truth_dx.Add(t, k, value * row, scale * std::fabs(row));
+          Truth& gradient = j < R() ? truth_da : truth_drouter;
+          gradient.Add(j < R() ? j : j - R(), k, value * x.Get(t, k),
+                       scale * std::fabs(x.Get(t, k)));
+        }
+      }
+    }
+    if (!GatesAreAccurate()) return "probs";
+    if (!IsAccurate(h, truth_h)) return "h";
+    if (!IsAccurate(y, truth_y)) return "y";
+    if (!IsAccurate(dx, truth_dx)) return "dx";
+    if (!IsAccurate(da, truth_da)) return "da";
+    if (!IsAccurate(db, truth_db)) return "db";
+    return IsAccurate(drouter, truth_drouter) ? "" : "drouter";
+  }
+
+  // All outputs one after the other.
+  std::vector<double> Results() {
+    std::vector<double> results;
+    for (TestMatrix* each : {&y, &h, &probs, &dx, &da, &db, &drouter}) {
+      for (int64_t i = 0; i < each->rows(); ++i) {
+        for (int64_t j = 0; j < each->columns(); ++j) results.push_back(each->Get(i, j));
+      }
+    }
+    return results;
+  }
+
+ private:
+  static constexpr float kScaling = 0.75f;
+
+  TestMatrix Input(int64_t rows, int64_t columns, DType dtype, unsigned seed) const {
+    return TestMatrix(rows, columns, dtype, case_.layout, seed);
+  }
+  // Its rows are contiguous, and lie apart in every other layout.
+  TestMatrix InPlace(int64_t rows, int64_t columns, unsigned seed) const {
+    const Layout layout = case_.layout == Layout::kDense ? Layout::kDense : Layout::kRowsApart;
+    return TestMatrix(rows, columns, case_.dtype, layout, seed);
+  }
+  static TestMatrix Output(int64_t rows, int64_t columns, DType dtype) {
+    TestMatrix output(rows, columns, dtype, Layout::kDense, 0);
+    output.FillWithNan();
+    return output;
+  }
+
+  int64_t T() const { return sizes_.num_tokens; }
+  int64_t R() const { return sizes_.stacked_rank; }
+  int64_t G() const { return sizes_.num_gates(); }
+  int64_t ExpertOf(int64_t r) const { return r / (R() / sizes_.num_experts); }
+  double Gate(int64_t t, int64_t r) { return probs.Get(t, ExpertOf(r) + 1); }
+  double U(int64_t t, int64_t r) { return double{kScaling} * Gate(t, r) * h.Get(t, r); }
+
+  // Errors of fp32 sums, or four of bf16's: a parameter, u or dz, h or a gate, the result.
+  double Epsilon() const {
+    const bool is_exact = case_.dtype == case_.parameter_dtype && case_.dtype == DType::kFloat32;
+    return is_exact ? 0x1p-19 : 0x1p-6;
+  }
+
+  Truth RankGradient(int64_t t) {
+    Truth dgate_truth(1, G()), dz(1, R() + G());
+    for (int64_t g = 0; g < G(); ++g) dgate_truth.Add(0, g, dgate.Get(t, g));
+    for (int64_t r = 0; r < R(); ++r) {
+      double du = 0.0, scale = 0.0;
+      for (int64_t n = 0; n < sizes_.num_out; ++n) {
+        du += dy.Get(t, n) * b.Get(n, r);
+        scale += std::fabs(dy.Get(t, n) * b.Get(n, r));
+      }
+      dgate_truth.Add(0, ExpertOf(r) + 1, kScaling * h.Get(t, r) * du,
+                      kScaling * std::fabs(h.Get(t, r)) * scale);
+      dz.Add(0, r, kScaling * Gate(t, r) * du, kScaling * Gate(t, r) * scale);
+    }
+    double mean = 0.0, mean_scale = 0.0;
+    for (int64_t g = 0; g < G(); ++g) {
+      mean += probs.Get(t, g) * dgate_truth.value[0][g];
+      mean_scale += probs.Get(t, g) * dgate_truth.scale[0][g];
+    }
+    for (int64_t g = 0; g < G(); ++g) {
+      dz.Add(0, R() + g, probs.Get(t, g) * (dgate_truth.value[0][g] - mean),
+             probs.Get(t, g) * (dgate_truth.scale[0][g] + mean_scale));
+    }
+    return dz;
+  }
+
+  bool GatesAreAccurate() {
+    for (int64_t t = 0; t < T(); ++t) {
+      std::vector<double> logits(G());
+      double largest = -1e300, scale = 1.0, sum = 0.0;
+      for (int64_t g = 0; g < G(); ++g) {
+        double absolute = 0.0;
+        for (int64_t k = 0; k < sizes_.num_in; ++k) {
+          logits[g] += router.Get(g, k) * x.Get(t, k);
+          absolute += std::fabs(router.Get(g, k) * x.Get(t, k));
+        }
+        largest = std::max(largest, logits[g]);
+        scale = std::max(scale, absolute);
+      }
+      for (const double logit : logits) sum += std::exp(logit - largest);
+      // A router in fp32 is rounded to bf16 beside such x.
+      const bool is_rounded =
+          case_.dtype == DType::kBFloat16 && case_.parameter_dtype == DType::kFloat32;
+      const double epsilon = is_rounded ? 0x1p-6 : 0x1p-19;
+      for (int64_t g = 0; g < G(); ++g) {
+        const double error = probs.Get(t, g) - std::exp(logits[g] - largest) / sum;
+        if (!(std::fabs(error) <= epsilon * scale)) return false;
+      }
+    }
+    return true;
+  }
+
+  bool IsAccurate(TestMatrix& ours, const Truth& truth) const {
+    for (int64_t i = 0; i < ours.rows(); ++i) {
+      for (int64_t j = 0; j < ours.columns(); ++j) {
+        // Beside subnormal numbers, which some instructions take for 0.
+        const double allowed = Epsilon() * truth.scale[i][j] + 1e-30;
+        if (!(std::fabs(ours.Get(i, j) - truth.value[i][j]) <= allowed)) return false;
+      }
+    }
+    return ours.NumNan() == ours.NumBetween();
+  }
+
+  MoloraCase case_;
+  MoloraSizes sizes_;
+
+ public:
+  TestMatrix x, dy, a, b, router, y, dx, base, dx_base, h, probs, dgate, da, db, drouter;
+  TestMatrix forward_workspace, backward_workspace;
+};
+
+}  // namespace citi

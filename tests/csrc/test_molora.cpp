@@ -1,0 +1,163 @@
+// MOLoRA on the CPU: values against naive loops; threads, layouts and repeats bit by bit.
+
+#include "checks.h"
+#include "molora_cases.h"
+
+namespace citi {
+namespace {
+
+// T, K, N, E, R: blocks of tokens, chunks of features and tiles of lanes that end within.
+constexpr MoloraSizes kSizes[] = {{1, 1, 1, 1, 1},      {7, 19, 53, 3, 15},  {33, 230, 40, 4, 32},
+                                  {70, 65, 310, 5, 35}, {129, 50, 49, 1, 2}, {5, 9, 11, 128, 128},
+                                  {34, 16, 48, 2, 64}};
+
+void RunBoth(MoloraProblem* problem, Variant variant, int64_t num_threads) {
+  const MoloraForward forward = problem->Forward();
+  const MoloraBackward backward = problem->Backward();
+  const std::string wrong =
+      Invalid(forward, forward.workspace.size) + Invalid(backward, backward.workspace.size);
+  CHECK(wrong == "", wrong);
+  RunMolora(forward, variant, num_threads);
+  RunMolora(backward, variant, num_threads);
+}
+
+void CheckCase(MoloraCase molora_case, Variant variant) {
+  std::vector<double> expected;
+  for (const Layout layout : kLayouts) {
+    molora_case.layout = layout;
+    MoloraProblem problem(molora_case);
+    RunBoth(&problem, variant, layout == Layout::kDense ? 1 : 3);
+    const std::string name = molora_case.Name() + ", " + NameOf(variant);
+    if (layout == Layout::kDense) {
+      expected = problem.Results();
+      CHECK(problem.Inaccurate() == "", name + ": not the truth: " + problem.Inaccurate());
+    }
+    CHECK(problem.Results() == expected, name + ": other bits");
+    CHECK(problem.y.NumNan() == problem.y.NumBetween(), name + ": y written elsewhere");
+    CHECK(problem.dx.NumNan() == problem.dx.NumBetween(), name + ": dx written elsewhere");
+  }
+}
+
+void CheckValues() {
+  int number = 0;
+  for (const MoloraSizes& sizes : kSizes) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      for (const DType parameter_dtype : {DType::kFloat32, DType::kBFloat16}) {
+        for (const Variant variant : RunnableVariants()) {
+          CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, ++number % 3 != 0}, variant);
+        }
+      }
+    }
+  }
+}
+
+// A gradient is the same whatever else is asked for.
+void CheckSubsets() {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const Variant variant : RunnableVariants()) {
+      const MoloraCase molora_case{{37, 40, 61, 3, 9}, dtype, dtype, Layout::kDense, true};
+      MoloraProblem all(molora_case);
+      RunBoth(&all, variant, 1);
+      const std::vector<double> expected = all.Results();
+      for (int subset = 0; subset < 16; ++subset) {
+        MoloraProblem some(molora_case);
+        RunMolora(some.Forward(), variant, 1);
+        MoloraBackward backward = some.Backward();
+        if (!(subset & 1)) backward.dx.data = nullptr, some.dx.FillWithNan();
+        if (!(subset & 2)) backward.da.data = nullptr;
+        if (!(subset & 4)) backward.db.data = nullptr;
+        if (!(subset & 8)) backward.drouter.data = nullptr;
+        if (!(subset & 10)) backward.x.data = nullptr;
+        RunMolora(backward, variant, 2);
+        const std::vector<double> results = some.Results();
+        size_t at = 0;
+        bool is_same = true;
+        for (const double result : results) {
+          is_same = is_same && (std::isnan(result) || result == expected[at]);
+          ++at;
+        }
+        CHECK(is_same, "subset " + std::to_string(subset) + ": other bits");
+        const auto wants_nan = [&](int bit, const TestMatrix& gradient) {
+          return (subset & bit) ? gradient.NumNan() == 0
+                                : gradient.NumNan() == gradient.rows() * gradient.columns();
+        };
+        CHECK(wants_nan(1, some.dx) && wants_nan(2, some.da) && wants_nan(4, some.db) &&
+                  wants_nan(8, some.drouter),
+              "subset " + std::to_string(subset) + ": not what was asked for is written");
+      }
+    }
+  }
+}
+
+// Where y took no part in the loss only the router's path is left.
+void CheckWithoutDy() {
+  for (const Variant variant : RunnableVariants()) {
+    MoloraProblem problem(
+        {{37, 40, 21, 3, 9}, DType::kFloat32, DType::kFloat32, Layout::kDense, true});
+    RunMolora(problem.Forward(), variant, 1);
+    MoloraBackward backward = problem.Backward();
+    backward.dy.data = nullptr;
+    backward.db.data = nullptr;
+    RunMolora(backward, variant, 1);
+    for (int64_t i = 0; i < 9; ++i) {
+      for (int64_t k = 0; k < 40; ++k) CHECK(problem.da.Get(i, k) == 0.0, "da is not 0");
+    }
+    for (int64_t k = 0; k < 40; ++k) {
+      double truth = 0.0, scale = 0.0;
+      for (int64_t t = 0; t < 37; ++t) {
+        double mean = 0.0;
+        for (int64_t g = 0; g < 4; ++g) mean += problem.probs.Get(t, g) * problem.dgate.Get(t, g);
+        const double term =
+            problem.probs.Get(t, 2) * (problem.dgate.Get(t, 2) - mean) * problem.x.Get(t, k);
+        truth += term, scale += std::fabs(term);
+      }
+      CHECK(std::fabs(problem.drouter.Get(2, k) - truth) <= 0x1p-18 * scale,
+            "drouter without dy is not the truth");
+    }
+  }
+}
+
+void CheckRefusals() {
+  MoloraProblem problem({{5, 6, 7, 2, 4}, DType::kBFloat16, DType::kFloat32, Layout::kDense, true});
+  const int64_t num_forward = MoloraForwardWorkspace({5, 6, 7, 2, 4});
+  const int64_t num_backward = MoloraBackwardWorkspace({5, 6, 7, 2, 4});
+  const auto refuses_forward = [&](const std::string& name, const auto& change) {
+    MoloraForward forward = problem.Forward();
+    change(&forward);
+    const std::string message = Invalid(forward, num_forward);
+    CHECK(message.rfind(name, 0) == 0, "wanted " + name + ", got '" + message + "'");
+  };
+  refuses_forward("shape: num_tokens", [](auto* f) { f->sizes.num_tokens = -1; });
+  refuses_forward("shape: num_experts", [](auto* f) { f->sizes.num_experts = 3; });
+  refuses_forward("shape: stacked_rank", [](auto* f) { f->sizes.stacked_rank = 130; });
+  refuses_forward("x: dtype", [](auto* f) { f->x.dtype = DType::kFloat32; });
+  refuses_forward("a: dtype", [](auto* f) { f->a.dtype = DType::kFloat16; });
+  refuses_forward("router: shape and strides", [](auto* f) { f->router.row_stride = 7; });
+  refuses_forward("y: rows must be contiguous", [](auto* f) { f->y.column_stride = 0; });
+  refuses_forward("y: rows must be contiguous", [](auto* f) { f->y.row_stride = 6; });
+  refuses_forward("h: must have", [](auto* f) { f->h.size = 19; });
+  refuses_forward("y: must not overlap x", [](auto* f) { f->x.data = f->y.data; });
+  refuses_forward("workspace: must have", [](auto* f) { --f->workspace.size; });
+  const auto refuses_backward = [&](const std::string& name, const auto& change) {
+    MoloraBackward backward = problem.Backward();
+    change(&backward);
+    const std::string message = Invalid(backward, num_backward);
+    CHECK(message.rfind(name, 0) == 0, "wanted " + name + ", got '" + message + "'");
+  };
+  refuses_backward("dy: must be given", [](auto* b) { b->dy.data = nullptr; });
+  refuses_backward("x: must be given", [](auto* b) { b->x.data = nullptr; });
+  refuses_backward("dgate: dtype must be fp32", [](auto* b) { b->dgate.dtype = DType::kBFloat16; });
+  refuses_backward("db: must not overlap da", [](auto* b) { b->db.data = b->da.data; });
+  refuses_backward("workspace: must not overlap h", [](auto* b) { b->h.data = b->workspace.data; });
+}
+
+}  // namespace
+}  // namespace citi
+
+int main() {
+  citi::CheckValues();
+  citi::CheckSubsets();
+  citi::CheckWithoutDy();
+  citi::CheckRefusals();
+  return citi::Report();
+}
