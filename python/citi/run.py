@@ -25,7 +25,7 @@ from citi.recipe import Recipe
 from citi.run_directory import RunDirectory, open_run
 from citi.run_evaluation import evaluate_pair, evaluate_run, evaluation_sets
 from citi.run_model import RunModel, load_run
-from citi.stage_training import recipe_stages, train_stage
+from citi.stage_training import TrainingData, recipe_stages, train_stage
 from citi.stages import Stage, lower_to_base_dtype, skip_reason
 
 __all__ = ["evaluate_run", "load_run", "train"]
@@ -33,7 +33,12 @@ __all__ = ["evaluate_run", "load_run", "train"]
 Facts = dict[str, Any]
 
 
-def train(recipe: Recipe, *, observer: RunObserver | None = None) -> RunDirectory:
+def train(
+    recipe: Recipe,
+    *,
+    observer: RunObserver | None = None,
+    training_data: TrainingData | None = None,
+) -> RunDirectory:
     """Run a recipe, or go on with it where it stopped.
 
     Under `accelerate launch` every process calls this; the first one writes and is watched.
@@ -41,6 +46,8 @@ def train(recipe: Recipe, *, observer: RunObserver | None = None) -> RunDirector
     Args:
         recipe: `load_recipe` gives one; its `output` is the run directory.
         observer: Told of phases, progress and metrics.
+        training_data: What each stage trains on, for batches of another kind than the recipe's;
+            the caller gives the same to a run that is gone on with. None: the recipe's mix.
     Returns:
         The finished run directory.
     Raises:
@@ -55,7 +62,7 @@ def train(recipe: Recipe, *, observer: RunObserver | None = None) -> RunDirector
     try:
         manifest = open_run(recipe, write=processes.is_main_process)
         processes.wait_for_everyone()
-        _Session(recipe, run, manifest, watched).go()
+        _Session(recipe, run, manifest, watched, training_data).go()
     except KeyboardInterrupt:
         watched.line(
             "interrupted; finished phases and the last checkpoint are kept. "
@@ -77,7 +84,12 @@ class _Session:
     """One process at work on a run, phase by phase."""
 
     def __init__(
-        self, recipe: Recipe, run: RunDirectory, manifest: Manifest, observer: RunObserver
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        manifest: Manifest,
+        observer: RunObserver,
+        training_data: TrainingData | None,
     ) -> None:
         self.recipe = recipe
         self.run = run
@@ -89,6 +101,7 @@ class _Session:
         self.is_writer = self.processes.is_main_process
         # Read now: a broken file must not come to light after the training.
         self.evaluation_sets = evaluation_sets(recipe)
+        self._training_data = training_data or self._mixed_data
         self._dataset: RenderedDataset | None = None
         self._is_alone = False
 
@@ -185,10 +198,11 @@ class _Session:
 
     def _train(self, stage: Stage) -> Facts:
         model = self._tuned()
+        dataset, collator = self._training_data(stage, self.model.tokenizer)
         facts = train_stage(
             model,
-            self._load_dataset(),
-            Collator(self.model.tokenizer.pad_token_id),
+            dataset,
+            collator,
             recipe=self.recipe,
             stage=stage,
             folder=self.run.checkpoints(stage),
@@ -250,6 +264,10 @@ class _Session:
         if not self.model.is_loaded:
             self.observer.line(f"loading {self.recipe.model}")
         return self.model.tuned(self.run.stage(finished[-1]) if finished else None)
+
+    def _mixed_data(self, stage: Stage, tokenizer: Any) -> tuple[RenderedDataset, Collator]:
+        """The recipe's mix, the same for every stage."""
+        return self._load_dataset(), Collator(tokenizer.pad_token_id)
 
     def _load_dataset(self) -> RenderedDataset:
         if self._dataset is None:

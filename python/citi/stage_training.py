@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from citi.processes import this_process
 from citi.recipe import Recipe
 from citi.stages import MI, RP, STAGES, UCO, Stage
 from citi.trainer import CitiTrainer
+
+# From a stage and the tokenizer: its data set, and the collator that makes batches of it.
+TrainingData = Callable[[Stage, Any], tuple[Dataset, Any]]
 
 WARM_UP = 0.1
 # Epoch e of a stage shuffles with data seed + e: the stages lie far apart.

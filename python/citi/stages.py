@@ -19,11 +19,13 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-ROUTER, EXPERTS, UNIMPORTANT = "router", "experts", "unimportant"
+ROUTER, EXPERTS, UNIMPORTANT, LORA = "router", "experts", "unimportant", "lora"
 _GROUP_OF_PART = {
     "molora_router": ROUTER,
     "molora_A": EXPERTS,
     "molora_B": EXPERTS,
+    "lora_A": LORA,
+    "lora_B": LORA,
     "modules_to_save": UNIMPORTANT,
 }
 _HALF = (torch.float16, torch.bfloat16)
@@ -41,7 +43,8 @@ class Stage:
         name: Key in file names, metrics and the manifest.
         title: What a person reads.
         directory: Folder of its adapter inside a run directory.
-        trains: Parameter groups it trains: "router", "experts", "unimportant".
+        trains: Parameter groups it trains: "router", "experts", "unimportant"; "lora" for PEFT's
+            plain LoRA, which is no part of CITI.
         learning_rate: Peak of the cosine schedule.
         epochs: Passes over the mixed data.
     """
@@ -105,7 +108,7 @@ def apply_stage(model: nn.Module, stage: Stage, adapter: str = "default") -> lis
     """Set `requires_grad` so that exactly the stage's parameters train.
 
     Args:
-        model: A PEFT model with a MOLoRA adapter.
+        model: A PEFT model with a MOLoRA or LoRA adapter.
         stage: Which groups train; every other parameter is frozen.
         adapter: Name of the adapter.
     Returns:

@@ -15,10 +15,10 @@ from citi.evaluation.exact_match import is_right
 from citi.evaluation.generate import generate_answers
 from citi.evaluation.inference import Progress
 from citi.evaluation.likelihood import answer_nll
+from citi.evaluation.rouge import NO_ROUGE, rouge_l
 from citi.evaluation.tool_calls import SCORES, gold_calls_of, score_tool_calls
 
 SCHEMA = 1
-NO_ROUGE = "ROUGE-L of responses needs rouge-score: pip install 'citi-kernels[eval]'"
 
 
 @dataclass(frozen=True)
@@ -230,12 +230,10 @@ class _Measure:
         if not pairs:
             return None
         try:
-            from rouge_score.rouge_scorer import RougeScorer
+            return _mean(rouge_l(wanted, given) for wanted, given in pairs)
         except ImportError:
             self.notes.append(NO_ROUGE)
             return None
-        scorer = RougeScorer(["rougeL"], use_stemmer=False)
-        return _mean(scorer.score(wanted, given)["rougeL"].fmeasure for wanted, given in pairs)
 
 
 def _mean(values: Iterable[float]) -> float | None:

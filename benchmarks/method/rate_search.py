@@ -1,0 +1,78 @@
+"""The search for learning rates: declared candidates, short trainings, the validation NLL.
+
+Every candidate of a row trains `search_steps` steps with seed 0 and is measured on the validation
+files of what the row trains on: the tool file, the general ones, or both. The lowest mean NLL wins,
+ties by order. Evaluation files take no part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.method.measures import Measuring, validation_nll
+from benchmarks.method.row_config import RowConfig, load_row
+from benchmarks.method.train_row import Assignment, train_row
+from citi.durable import write_json
+from citi.observer import RunObserver
+from citi.saved_json import read_object
+from citi.trainer import NonFiniteLossError
+
+FORMAT, VERSION = "citi.method_search", 1
+_TYPES = {"rates": dict, "validation_nll": float, "diverged": bool}
+_KINDS = {"tool": "tool", "general": "general", "mix": None}
+
+
+def search_rates(
+    row: RowConfig, assignment: Assignment, folder: Path, *, observer: RunObserver
+) -> tuple[dict[str, float], list[dict]]:
+    """The best candidate of a row, and all of them with their validation NLL.
+
+    Args:
+        row: Where it has `rates_of`, that row's search is made, once for all that name it.
+        assignment: A pattern: its row, rates, seed, steps and folder are replaced.
+        folder: Gets one file a candidate; what lies there is not trained again.
+        observer: Told of progress.
+    """
+    owner = load_row(row.rates_of) if row.rates_of else row
+    if len(owner.rates) < 2:
+        return (dict(owner.rates[0]) if owner.rates else {}), []
+    tried = []
+    for rates in owner.rates:
+        name = "_".join(f"{key.removesuffix('_rate')}{value:g}" for key, value in rates.items())
+        target = folder / owner.name / f"{name}.json"
+        if not target.is_file():
+            candidate = dataclasses.replace(
+                assignment,
+                row=owner,
+                rates=rates,
+                seed=0,
+                steps=assignment.scale.search_steps,
+                folder=target.with_suffix(""),
+            )
+            observer.line(f"search for {owner.title}: {dict(rates)}")
+            write_json(target, _try(candidate, observer))
+        shutil.rmtree(target.with_suffix(""), ignore_errors=True)
+        tried.append(read_object(target, file_format=FORMAT, version=VERSION, types=_TYPES))
+    usable = [each for each in tried if not each["diverged"]]
+    if not usable:
+        raise RuntimeError(f"{owner.name}: the loss was not finite with any of its rates")
+    best = min(usable, key=lambda each: each["validation_nll"])
+    return dict(best["rates"]), tried
+
+
+def _try(candidate: Assignment, observer: RunObserver) -> Mapping[str, object]:
+    """Train and measure one candidate; rates whose loss is not finite are out."""
+    found = {"format": FORMAT, "version": VERSION, "rates": dict(candidate.rates)}
+    try:
+        trained = train_row(candidate, observer=observer)
+    except NonFiniteLossError:
+        return found | {"validation_nll": 0.0, "diverged": True}
+    measuring = Measuring(trained.model, trained.tokenizer, candidate.scale, observer=observer)
+    files = candidate.data.validation(_KINDS[candidate.row.data])
+    return found | {
+        "validation_nll": round(validation_nll(measuring, files), 6),
+        "diverged": False,
+    }

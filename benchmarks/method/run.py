@@ -1,0 +1,222 @@
+"""Runs rows: data, leak check, search, training, measures, one JSON a row and seed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.method.data_sets import DataFolder, prepare_data
+from benchmarks.method.leaks import check_leaks
+from benchmarks.method.measures import Measuring, measure_sets
+from benchmarks.method.rate_search import search_rates
+from benchmarks.method.row_config import ROWS, RowConfig, RowConfigError, load_row
+from benchmarks.method.row_result import RowResult
+from benchmarks.method.scale import SCALES, Scale
+from benchmarks.method.train_row import Assignment, train_row
+from citi.data import DataError
+from citi.durable import write_json
+from citi.environment_record import environment_record
+from citi.observer import RunObserver
+from citi.saved_json import SavedFileError, read_object
+from citi.trainer import TrainingError
+
+FORMAT, VERSION = "citi.method_comparison", 1
+_TYPES = {"scale": dict, "model": str, "sha256": dict}
+
+
+class ComparisonError(ValueError):
+    """An output folder belongs to another comparison; the message says what differs."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What all rows of an output folder share.
+
+    Attributes:
+        scale: Sizes.
+        model: Name or directory of the base.
+        data: Prepared files, checked for leaks.
+        output: results/, and work/ while rows are under way.
+        run_code: Whether generated code is run.
+        keep_models: Whether work/ keeps what was trained.
+    """
+
+    scale: Scale
+    model: str
+    data: DataFolder
+    output: Path
+    run_code: bool = False
+    keep_models: bool = False
+
+    @property
+    def results(self) -> Path:
+        return self.output / "results"
+
+    def result_file(self, row: RowConfig, seed: int) -> Path:
+        return self.results / f"{self.scale.name}_{row.name}_seed{seed}.json"
+
+
+def open_comparison(
+    source: Path,
+    output: Path,
+    scale: Scale,
+    model: str,
+    *,
+    run_code: bool = False,
+    keep_models: bool = False,
+) -> Comparison:
+    """Prepare data, refuse leaks, and refuse an output folder that was begun otherwise.
+
+    Raises:
+        DataError: A data file cannot be used.
+        LeakError: Evaluation data in training or validation data.
+        ComparisonError: `output` belongs to another scale, model or data.
+    """
+    file = output / "comparison.json"
+    settings = {"scale": dataclasses.asdict(scale), "model": Path(model).name}
+    if file.is_file():
+        begun = read_object(file, file_format=FORMAT, version=VERSION, types=_TYPES)
+        for key, value in settings.items():
+            if begun[key] != value:
+                raise ComparisonError(
+                    f"{output} was begun with {key} {begun[key]}, got {value}; "
+                    "give another --output, or remove the folder"
+                )
+    data = prepare_data(source, output / "data", scale)
+    check_leaks(data.path)
+    digests = data.record()["sha256"]
+    if file.is_file() and begun["sha256"] != digests:
+        raise ComparisonError(f"{output}: its data changed since it was begun; remove the folder")
+    write_json(file, {"format": FORMAT, "version": VERSION, **settings, "sha256": digests})
+    return Comparison(scale, model, data, output, run_code, keep_models)
+
+
+def run_row(
+    comparison: Comparison, row: RowConfig, seed: int, *, observer: RunObserver | None = None
+) -> RowResult:
+    """Train and measure a row with one seed, go on with it, or read its finished result.
+
+    Raises:
+        SavedFileError: Its result file is damaged.
+        TrainingError: The training stopped itself.
+    """
+    observer = observer or RunObserver()
+    file = comparison.result_file(row, seed)
+    if file.is_file():
+        observer.line(f"{row.title}, seed {seed}: done earlier")
+        return RowResult.load(file)
+    observer.line(f"{row.title}, seed {seed}")
+    work = comparison.output / "work" / f"{row.name}_seed{seed}"
+    scale, data = comparison.scale, comparison.data
+    pattern = Assignment(row, scale, data, comparison.model, work, seed, {}, scale.steps)
+    search_folder = comparison.output / "search"
+    rates, search = search_rates(row, pattern, search_folder, observer=observer)
+    trained = train_row(dataclasses.replace(pattern, rates=rates), observer=observer)
+    measuring = Measuring(
+        trained.model, trained.tokenizer, scale, run_code=comparison.run_code, observer=observer
+    )
+    samples, seconds = measure_sets(measuring, data, work / "measures")
+    result = RowResult(
+        row=row.name,
+        title=row.title,
+        description=row.description,
+        scale=scale.name,
+        seed=seed,
+        settings={
+            "row": dataclasses.asdict(row) | {"rates": list(row.rates)},
+            "scale": dataclasses.asdict(scale),
+            "run_code": comparison.run_code,
+        },
+        rates=rates,
+        search=search,
+        model=Path(comparison.model).name,
+        data_sha256=data.record()["sha256"],
+        machine=environment_record(),
+        steps=trained.steps,
+        num_tokens=trained.num_tokens,
+        num_answer_tokens=trained.num_answer_tokens,
+        train_seconds=trained.seconds,
+        measure_seconds=seconds,
+        samples=samples,
+    )
+    result.save(comparison.results)
+    if not comparison.keep_models:
+        shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def run_rows(
+    comparison: Comparison,
+    names: Sequence[str] = ROWS,
+    *,
+    num_seeds: int | None = None,
+    observer: RunObserver | None = None,
+) -> list[RowResult]:
+    """Run rows one after the other, each with seeds 0, 1, …
+
+    Args:
+        comparison: What they share.
+        names: Of the rows.
+        num_seeds: At most so many of each row; None: what its config says.
+        observer: Told of progress.
+    """
+    results = []
+    for row in map(load_row, names):
+        seeds = range(row.seeds if num_seeds is None else min(num_seeds, row.seeds))
+        results += [run_row(comparison, row, seed, observer=observer) for seed in seeds]
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = _parser().parse_args(arguments)
+    from rich.console import Console
+
+    from citi.command_line.progress import Watcher
+
+    scale = SCALES[options.scale]
+    output = options.output or Path("runs", "method", scale.name)
+    try:
+        with Watcher(Console()) as watcher:
+            comparison = open_comparison(
+                options.data,
+                output,
+                scale,
+                options.model or _demo_model(),
+                run_code=options.run_code,
+                keep_models=options.keep_models,
+            )
+            run_rows(comparison, options.rows, num_seeds=options.seeds, observer=watcher)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
+    except (ComparisonError, DataError, RowConfigError, SavedFileError, TrainingError) as error:
+        sys.exit(str(error))
+    print(f"results: {comparison.results}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.method", description=__doc__)
+    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW")
+    parser.add_argument("--seeds", type=int, help="at most so many of each row")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
+    parser.add_argument("--output", type=Path, help="default: runs/method/SCALE")
+    parser.add_argument("--model", help="default: the demo's SmolLM2-135M-Instruct")
+    parser.add_argument("--run-code", action="store_true", help="run generated code, sandboxed")
+    parser.add_argument("--keep-models", action="store_true", help="keep what was trained")
+    return parser
+
+
+def _demo_model() -> str:
+    from citi.demo.model import demo_model_directory
+
+    return str(demo_model_directory())
+
+
+if __name__ == "__main__":
+    main()
