@@ -2,10 +2,10 @@
 # What a GPU machine has to do, in one call: tests first, then timings. Up to 10 minutes.
 #
 #   benchmarks/gpu_suite.sh                    everything
-#   benchmarks/gpu_suite.sh tests molora       these parts, in this order
+#   benchmarks/gpu_suite.sh tests layer        these parts, in this order
 #   benchmarks/gpu_suite.sh --dry-run [PART…]  print the commands
 #
-# Parts: tests base_product molora routing importance importance_ops importance_8b sanitizer
+# Parts: build tests tests_cuda base_product layer routing importance training sanitizer counters
 # PYTHON  the interpreter that has torch and triton (default: python3)
 # OUT     where results and logs go (default: a new directory under the system's temporary one)
 #
@@ -14,14 +14,14 @@ set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-$(mktemp -d)}
-ALL=(tests base_product molora routing importance importance_ops importance_8b sanitizer)
+ALL=(build tests tests_cuda base_product layer routing importance training sanitizer counters)
 
 dry_run=0
 parts=()
 for argument in "$@"; do
   case "$argument" in
     --dry-run) dry_run=1 ;;
-    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *)
       if [[ " ${ALL[*]} " != *" $argument "* ]]; then
         echo "gpu_suite.sh: no part '$argument'; there are: ${ALL[*]}" >&2
@@ -35,28 +35,31 @@ done
 
 mkdir -p "$OUT" || exit 2
 export PYTHONPATH=".:python:tests${PYTHONPATH:+:$PYTHONPATH}"
-on_gpu=(env CITI_BACKEND=triton CITI_TEST_DEVICE=cuda)
+on_gpu=(env CITI_TEST_DEVICE=cuda CITI_BACKEND=triton)
+on_gpu_cuda=(env CITI_TEST_DEVICE=cuda CITI_BACKEND=cuda)
 kernel_tests=(tests/citi_kernels/test_molora_linear.py tests/citi_kernels/test_molora_linear_autograd.py
   tests/citi_kernels/test_molora_linear_reliability.py tests/citi_kernels/test_layer.py
-  tests/citi_kernels/triton_kernels)
-importance=("$PYTHON" benchmarks/importance.py --device cuda --dtype bf16)
+  tests/citi_kernels/test_importance_row_dots.py tests/citi_kernels/test_importance_parameters.py)
+bench=("$PYTHON" -m citi bench --device cuda --dtype bf16)
 small_case=(tests/citi_kernels/test_molora_linear.py -k fp16-dense)
 
 # sets `command`
 command_of() {
   local pytest=("$PYTHON" -m pytest -p no:cacheprovider)
   case "$1" in
-    tests) command=("${on_gpu[@]}" "${pytest[@]}" -n 4 "${kernel_tests[@]}") ;;
+    build) command=("$PYTHON" setup.py build_ext --inplace) ;;
+    tests) command=("${on_gpu[@]}" "${pytest[@]}" -n 4 "${kernel_tests[@]}" tests/citi_kernels/triton_kernels) ;;
+    tests_cuda) command=("${on_gpu_cuda[@]}" "${pytest[@]}" -n 4 "${kernel_tests[@]}"
+      tests/citi_kernels/test_extended_gemm_on_hopper.py tests/csrc) ;;
     base_product) command=("$PYTHON" benchmarks/base_product.py --write) ;;
-    molora) command=("$PYTHON" benchmarks/molora_linear.py --device cuda --dtype bf16 --seconds 2
-      --json "$OUT/molora_linear.json") ;;
-    routing) command=("$PYTHON" benchmarks/molora_routing.py --device cuda --json "$OUT/molora_routing.json") ;;
-    importance) command=("${importance[@]}" --model smollm2 --rounds 7 --json "$OUT/importance.json") ;;
-    importance_ops) command=("${importance[@]}" --ops --seconds 1 --json "$OUT/importance_ops.json") ;;
-    importance_8b) command=("${importance[@]}" --model llama-8b --checkpointing --rounds 3
-      --json "$OUT/importance_8b.json") ;;
-    sanitizer) command=("${on_gpu[@]}" PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    layer) command=("${bench[@]}" layer ceilings --seconds 2 --json "$OUT/layer.json") ;;
+    routing) command=("${bench[@]}" top-k decode scaling --seconds 1 --json "$OUT/routing.json") ;;
+    importance) command=("${bench[@]}" "importance ops" importance --seconds 2 --json "$OUT/importance.json") ;;
+    training) command=("${bench[@]}" training generation --seconds 2 --json "$OUT/training.json") ;;
+    sanitizer) command=("${on_gpu_cuda[@]}" PYTORCH_NO_CUDA_MEMORY_CACHING=1
       compute-sanitizer --error-exitcode 1 "${pytest[@]}" "${small_case[@]}") ;;
+    counters) command=(ncu --csv --log-file "$OUT/counters.csv" --metrics dram__bytes.sum
+      "${bench[@]}" layer --quick --seconds 0) ;;
   esac
 }
 
@@ -64,7 +67,12 @@ why_not() {
   [ "$dry_run" = 0 ] || return 0
   "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null ||
     { echo "$PYTHON finds no GPU through torch"; return; }
-  [ "$1" != sanitizer ] || command -v compute-sanitizer >/dev/null || echo "compute-sanitizer is not installed"
+  case "$1" in
+    build) command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] || echo "there is no nvcc" ;;
+    tests_cuda) "$PYTHON" -c 'import citi_kernels._C' 2>/dev/null || echo "citi_kernels._C is not built" ;;
+    sanitizer) command -v compute-sanitizer >/dev/null || echo "compute-sanitizer is not installed" ;;
+    counters) command -v ncu >/dev/null || echo "ncu is not installed" ;;
+  esac
 }
 
 failed=0

@@ -13,7 +13,7 @@ from peft import PeftModel
 from run_cases import adapter_tensors, assert_same_tensors, tiny_recipe, without_figures
 from transformers import AutoModelForCausalLM
 
-from citi.data import DataError
+from citi.data import Collator, DataError
 from citi.observer import RunObserver
 from citi.recipe import load_recipe
 from citi.run import evaluate_run, load_run, train
@@ -329,3 +329,19 @@ def test_a_model_path_that_is_no_directory_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"model: no such directory: \./nowhere"):
         load_base("./nowhere")
+
+
+def test_training_data_of_the_caller_replaces_the_mix_of_every_stage(tmp_path: Path) -> None:
+    asked = []
+
+    def training_data(stage, tokenizer):
+        asked.append(stage.name)
+        item = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "task_type": len(asked) % 2}
+        return [item] * 6, Collator(tokenizer.pad_token_id)
+
+    recipe = tiny_recipe(tmp_path, epochs_mi=1.0)
+    with without_figures():
+        run = train(recipe, training_data=training_data)
+    assert asked == ["rp", "mi", "uco"]
+    phases = run.load_manifest().phases
+    assert [phases[name]["steps"] for name in asked] == [2, 2, 2], "six samples, three a step"

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from citi.command_line import (
+    bench,
     chat,
     data,
     demo,
@@ -61,6 +62,7 @@ def _quiet_libraries() -> None:
 
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
+app.command("bench")(bench.bench)
 app.command("init")(init.init)
 app.add_typer(data_app, name="data", help="Look at training data.")
 data_app.command("check")(data.check)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from citi.command_line.as_given import command_as_given
 from citi.command_line.failures import set_less_memory, set_resume
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def importance(
 
     group, processes = process_group(), this_process()
     if group is None:
-        set_resume(context, _command_line(context))
+        set_resume(context, command_as_given(context))
     tool_samples, general_samples = _read(tool, general or [], samples, seed)
     progress_file = _with_suffix(output, ".progress")
     console = Console(quiet=not processes.is_main_process)
@@ -141,21 +141,6 @@ def _check_request(
             raise FileNotFoundError(f"no such data file: {file}")
     for suffix in (".json", ".safetensors", ".png", ".progress"):
         check_writable(_with_suffix(output, suffix))
-
-
-def _command_line(context: typer.Context) -> str:
-    """The command as it was given, options with their default left out."""
-    words = ["citi", "importance"]
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name)
-        if parameter.param_type_name == "argument":
-            words.append(str(value))
-        elif value is True:
-            words.append(parameter.opts[0])
-        elif value is not None and str(value) != str(parameter.default):
-            each = value if isinstance(value, (list, tuple)) else [value]
-            words += [word for one in each for word in (parameter.opts[0], str(one))]
-    return shlex.join(words)
 
 
 def _read(

@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from peers.naive_gradient import full_backward
 from torch import Tensor, nn
+
+from citi.benchmark.peers.naive_gradient import full_backward
 
 
 def hooks(model: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, float]:

@@ -1,0 +1,190 @@
+"""Timing: all rows of a group in turn, round by round, and ratios within a round.
+
+Shared machines drift by a third; neighbours in time drift together. A ratio is the median over the
+rounds of (time of the row / time of the baseline in the same round).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from citi.benchmark.group import Group, Pass, Result, Row, Settings
+from citi_kernels.tensor_memory import TensorMemory
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+PARTS = ("forward", "backward", "both")
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
+# more than the last cache of any machine of today holds
+_FLUSHED_BYTES = {"cpu": 2**26, "cuda": 2**28}
+
+Times = dict[str, float]
+
+
+def measure(group: Group, settings: Settings) -> Result:
+    """Check, then time the rows of `group`.
+
+    Raises:
+        AssertionError: a row of ours is wrong; nothing was timed.
+    """
+    accuracy_used = group.check()
+    passes = group.make()
+    memory = {name: _memory(each, settings.device) for name, each in passes.items()}
+    rounds = _rounds(passes, group, settings)
+    rows = tuple(
+        Row(
+            name=name,
+            stands_for=group.stands_for[name],
+            seconds={
+                part: _median(rounds, lambda each, n=name, p=part: each[n][p]) for part in PARTS
+            },
+            ratio=_ratios(rounds, name, group.baseline),
+            saved_bytes=memory[name][0],
+            peak_bytes=memory[name][1],
+            limit=group.limits.get(name),
+        )
+        for name in passes
+    )
+    del passes
+    gc.collect()
+    return Result(
+        suite=group.suite,
+        settings=dict(group.settings),
+        title=group.title,
+        baseline=group.baseline,
+        tokens=group.tokens,
+        flops=group.flops,
+        bytes=group.bytes,
+        rounds=len(rounds),
+        accuracy_used=accuracy_used,
+        rows=rows,
+        skipped=dict(group.skipped),
+    )
+
+
+def empty_caches(device: str) -> None:
+    """Push out of the caches of this device what earlier passes left there."""
+    _flushed(device).zero_()
+
+
+def timed(each: Pass, settings: Settings, *, is_cold: bool) -> Times:
+    """Seconds of one forward, its backward (0 without one), and both."""
+    if is_cold:
+        empty_caches(settings.device)
+    if settings.device == "cuda":
+        return _timed_on_gpu(each)
+    clock = CLOCKS[settings.clock]
+    start = clock()
+    made = each.forward()
+    middle = end = clock()
+    if each.backward is not None:
+        each.backward(made)
+        end = clock()
+    return {"forward": middle - start, "backward": end - middle, "both": end - start}
+
+
+def _timed_on_gpu(each: Pass) -> Times:
+    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    start.record()
+    made = each.forward()
+    middle.record()
+    if each.backward is None:
+        middle.synchronize()
+        seconds = start.elapsed_time(middle) / 1e3
+        return {"forward": seconds, "backward": 0.0, "both": seconds}
+    each.backward(made)
+    end.record()
+    end.synchronize()
+    return {
+        "forward": start.elapsed_time(middle) / 1e3,
+        "backward": middle.elapsed_time(end) / 1e3,
+        "both": start.elapsed_time(end) / 1e3,
+    }
+
+
+def _rounds(passes: dict[str, Pass], group: Group, settings: Settings) -> list[dict[str, Times]]:
+    def one_round() -> dict[str, Times]:
+        return {name: timed(each, settings, is_cold=group.is_cold) for name, each in passes.items()}
+
+    start = time.perf_counter()
+    one_round()
+    warm_up = time.perf_counter() - start
+    if warm_up < settings.seconds:
+        start = time.perf_counter()
+        one_round()
+        warm_up = time.perf_counter() - start
+    wanted = int(settings.seconds / warm_up) if warm_up else MAX_ROUNDS
+    return [one_round() for _ in range(min(MAX_ROUNDS, max(MIN_ROUNDS, wanted)))]
+
+
+def _median(rounds: list[dict[str, Times]], of: Callable[[dict[str, Times]], float]) -> float:
+    return statistics.median(map(of, rounds))
+
+
+def _ratios(rounds: list[dict[str, Times]], name: str, baseline: str) -> Times:
+    """Of the parts that the baseline has."""
+    return {
+        part: _median(rounds, lambda each, p=part: each[name][p] / each[baseline][p])
+        for part in PARTS
+        if all(each[baseline][part] > 0 for each in rounds)
+    }
+
+
+def _memory(each: Pass, device: str) -> tuple[int, int]:
+    """Bytes saved for the backward, without parameters; most bytes alive over those before."""
+    if each.backward is None:
+        saved = 0
+    else:
+        saved, made = _saved_bytes(each.forward)
+        each.backward(made)
+        del made
+    with _quiet_profiler(), TensorMemory(device) as memory:
+        made = each.forward()
+        if each.backward is not None:
+            each.backward(made)
+        del made
+    return saved, memory.peak
+
+
+def _saved_bytes(forward: Callable[[], object]) -> tuple[int, object]:
+    """Of distinct storages; leaves that require a gradient, and views of them, are parameters."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if not isinstance(base, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        made = forward()
+    return sum(storages.values()), made
+
+
+@contextlib.contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """PyTorch's profiler writes two lines to the process's stderr, past Python."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@cache
+def _flushed(device: str) -> Tensor:
+    return torch.empty(_FLUSHED_BYTES[device], dtype=torch.int8, device=device)

@@ -1,0 +1,177 @@
+"""Suites "top-k" (few of many experts, forward and backward) and "decode" (few tokens, forward).
+
+Decoding on a GPU is timed as replays of a CUDA graph, without the launches of Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from citi.benchmark.group import DTYPES, Group, Pass, Settings
+from citi.benchmark.layer import (
+    FROZEN,
+    NUM_EXPERTS,
+    OURS,
+    RANK,
+    Shape,
+    check_layer,
+    trained_pass,
+)
+from citi.benchmark.peers import grouped_experts
+from citi_kernels import molora_linear, use_backend
+from citi_kernels.testing import MoLoRACase, random_case
+
+TOP_K = 2
+# shape, experts, rank
+TOP_K_SIZES = {
+    "cuda": (Shape(8192, 4096, 4096), 64, 64),
+    "cpu": (Shape(512, 1024, 1024), 16, 16),
+}
+DECODED_TOKENS = (1, 4, 16, 64)
+DECODED_SIZE = {"cuda": (4096, 4096), "cpu": (1024, 1024)}
+_WAYS = ("update", "few", "decode")
+_LOOP, _GROUPED = "expert by expert", "grouped_mm"
+
+_STANDS_FOR = {
+    FROZEN: "nn.Linear",
+    OURS: f"citi_kernels.molora_linear(top_k={TOP_K})",
+    "all experts": "the same without top_k",
+    _LOOP: "the torch backend: each expert on its own tokens",
+    _GROUPED: "torch.nn.functional.grouped_mm, two products and an index_add",
+}
+
+
+def top_k_suite(settings: Settings) -> Iterator[Group]:
+    """Many experts of which each token keeps two."""
+    shape, num_experts, r = TOP_K_SIZES[settings.device]
+    for dtype in settings.dtypes:
+        reason = grouped_experts.why_not()
+        yield Group(
+            suite="top-k",
+            settings={**shape._asdict(), "E": num_experts, "r": r, "k": TOP_K, "dtype": dtype},
+            baseline=FROZEN,
+            make=partial(_make_top_k, dtype, settings.device, reason is None),
+            check=partial(
+                check_layer, shape, DTYPES[dtype], settings.device, num_experts, r, top_k=TOP_K
+            ),
+            stands_for=_STANDS_FOR,
+            tokens=shape.T,
+            skipped={} if reason is None else {_GROUPED: reason},
+        )
+
+
+def decode_suite(settings: Settings) -> Iterator[Group]:
+    """A frozen linear layer and ours on 1 to 64 tokens."""
+    num_in, num_out = DECODED_SIZE[settings.device]
+    is_on_gpu = settings.device == "cuda"
+    for dtype in settings.dtypes:
+        for num_tokens in DECODED_TOKENS[::2] if settings.is_quick else DECODED_TOKENS:
+            shape = Shape(num_tokens, num_in, num_out)
+            ways = [f"{OURS}, {way}" for way in _WAYS] if is_on_gpu else [OURS]
+            yield Group(
+                suite="decode",
+                settings={**shape._asdict(), "dtype": dtype},
+                baseline=FROZEN,
+                make=partial(_make_decode, shape, dtype, settings.device),
+                check=partial(
+                    check_layer, shape, DTYPES[dtype], settings.device, NUM_EXPERTS, RANK
+                ),
+                stands_for={FROZEN: _STANDS_FOR[FROZEN]}
+                | dict.fromkeys(ways, "citi_kernels.molora_linear, 4 experts of rank 8"),
+                tokens=num_tokens,
+                limits=dict.fromkeys(ways, (1.25, 1.10)) if is_on_gpu and num_tokens <= 16 else {},
+                is_cold=False,
+            )
+
+
+def _make_top_k(dtype: str, device: str, has_grouped: bool) -> dict[str, Pass]:
+    shape, num_experts, r = TOP_K_SIZES[device]
+    case = random_case(
+        *shape,
+        num_experts=num_experts,
+        r=r,
+        dtype=DTYPES[dtype],
+        bias=False,
+        num_segments=None,
+        device=device,
+    )
+    x, weight, _, a, b, router = (
+        None if each is None else nn.Parameter(each) for each in case.operands
+    )
+    weight.requires_grad_(False)
+    trained = [x, a, b, router]
+
+    def ours(top_k: int | None) -> Pass:
+        call = partial(molora_linear, x, weight, None, a, b, router, **case.options, top_k=top_k)
+        return trained_pass(call, trained, [case.dy])
+
+    rows = {
+        FROZEN: trained_pass(lambda: F.linear(x, weight), [x], [case.dy]),
+        OURS: ours(TOP_K),
+        "all experts": ours(None),
+    }
+    if device == "cuda":
+        rows[_LOOP] = _on_backend("torch", ours(TOP_K))
+    if has_grouped:
+        grouped = partial(
+            grouped_experts.grouped_experts,
+            x,
+            weight,
+            a,
+            b,
+            router,
+            **case.options,
+            top_k=TOP_K,
+        )
+        rows[_GROUPED] = trained_pass(grouped, trained, [case.dy])
+    return rows
+
+
+def _on_backend(name: str, each: Pass) -> Pass:
+    def forward() -> object:
+        with use_backend(name):
+            return each.forward()
+
+    return Pass(forward, each.backward)
+
+
+def _make_decode(shape: Shape, dtype: str, device: str) -> dict[str, Pass]:
+    case = random_case(*shape, dtype=DTYPES[dtype], bias=False, num_segments=None, device=device)
+    rows = {FROZEN: lambda: F.linear(case.x, case.weight)}
+    if device == "cpu":
+        rows[OURS] = partial(_decoded, case, None)
+    else:
+        rows |= {f"{OURS}, {way}": partial(_decoded, case, way) for way in _WAYS}
+    return {
+        name: Pass(_as_graph(each) if device == "cuda" else each) for name, each in rows.items()
+    }
+
+
+@torch.no_grad()
+def _decoded(case: MoLoRACase, way: str | None) -> object:
+    forced: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if way is not None:
+        from citi_kernels.triton_kernels.base_product import forced_base_product
+
+        forced = forced_base_product(way)
+    with forced:
+        return molora_linear(*case.operands, **case.options)
+
+
+def _as_graph(call: Callable[[], object]) -> Callable[[], None]:
+    """Replays of the call, captured once."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay

@@ -1,0 +1,235 @@
+"""`citi bench`: what it measures, what it refuses to time, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_command_line import citi
+from torch import nn
+
+from citi.benchmark import (
+    ceilings,
+    importance,
+    importance_ops,
+    layer,
+    routing,
+    suites,
+    training,
+)
+from citi.benchmark.group import Group, Pass, Result, Row, Settings
+from citi.benchmark.layer import FROZEN, OURS, Shape, layer_group
+from citi.benchmark.measure import MIN_ROUNDS, measure
+from citi.benchmark.record import Record
+from citi.benchmark.tables import as_lines, as_markdown, by_shape, verdict
+from citi.command_line import bench
+from citi.saved_json import SavedFileError
+
+SETTINGS = Settings(dtypes=("fp32",), is_quick=True, seconds=0.0)
+SHAPE = Shape(32, 24, 16)
+
+
+@pytest.fixture
+def small_suites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every suite at sizes that take no time."""
+    monkeypatch.setitem(layer.QUICK_SHAPES, "cpu", (SHAPE,))
+    monkeypatch.setattr(layer, "_SCALED_SIZE", {"cpu": SHAPE})
+    monkeypatch.setattr(layer, "SCALED", {"T": (8, 16), "experts": (1, 2), "rank": (4, 8)})
+    monkeypatch.setitem(routing.TOP_K_SIZES, "cpu", (Shape(32, 32, 32), 4, 16))
+    monkeypatch.setitem(routing.DECODED_SIZE, "cpu", (32, 32))
+    monkeypatch.setitem(importance._QUICK, "cpu", (("tiny", 2, 16, 0.5, False),))
+    monkeypatch.setitem(importance_ops.SHAPES, "cpu", (SHAPE,))
+    monkeypatch.setitem(training._TRAINED, "cpu", (("tiny", 2, 16),))
+    monkeypatch.setitem(training._NEW_TOKENS, "cpu", 2)
+    monkeypatch.setitem(ceilings._COPIED, "cpu", 2**16)
+    monkeypatch.setitem(ceilings._SIZE, "cpu", 32)
+
+
+def a_group(passes: dict[str, Pass], **changes: object) -> Group:
+    group = Group(
+        suite="test",
+        settings={"T": 4},
+        baseline="base",
+        make=lambda: passes,
+        check=lambda: 0.25,
+        stands_for=dict.fromkeys(passes, "a row"),
+        tokens=4,
+        is_cold=False,
+    )
+    return replace(group, **changes)
+
+
+def test_the_help_names_the_suites_that_there_are() -> None:
+    assert tuple(suites.SUITES) == bench.SUITES
+
+
+def test_every_suite_measures_every_row_it_names(small_suites: None) -> None:
+    for name, suite in suites.SUITES.items():
+        groups = list(suite(SETTINGS))
+        assert groups, name
+        for group in groups[:1]:
+            result = measure(group, SETTINGS)
+            assert result.suite == name
+            assert result.rounds >= MIN_ROUNDS
+            assert {row.name for row in result.rows} <= set(group.stands_for)
+            assert result.row(group.baseline).ratio["both"] == 1.0
+            assert all(row.seconds["both"] > 0 for row in result.rows)
+            assert result.accuracy_used <= 1.0
+
+
+def test_a_row_of_ours_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*operands: torch.Tensor, **options: object) -> tuple:
+        y, sums = layer.stacked_molora_linear(*operands, **options)
+        return y * 1.5, sums
+
+    group = layer_group(SHAPE, "fp32", SETTINGS)
+    monkeypatch.setattr(layer, "molora_linear", wrong)
+    with pytest.raises(AssertionError, match="y: error / allowance"):
+        measure(replace(group, make=lambda: pytest.fail("it was made")), SETTINGS)
+
+
+def test_rows_are_timed_in_turn_and_divided_by_the_baseline_of_their_round() -> None:
+    order: list[str] = []
+    clock = iter(range(10**6))
+    passes = {name: Pass(lambda name=name: order.append(name)) for name in ("base", "other")}
+    settings = replace(SETTINGS, clock="count")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(measure.__globals__["CLOCKS"], "count", lambda: next(clock) ** 2)
+        result = measure(a_group(passes), settings)
+    # two calls count memory, one is the warm-up
+    assert order[2:] == ["base", "other"] * (len(order[2:]) // 2)
+    assert len(order[2:]) == 2 * (result.rounds + 1)
+    # the clock shows squares: its n-th tick lasts 2 n + 1
+    ratios = [(8 * n + 5) / (8 * n + 1) for n in range(1, result.rounds + 1)]
+    assert result.row("other").ratio["both"] == pytest.approx(sorted(ratios)[len(ratios) // 2])
+    assert result.row("base").seconds["backward"] == 0.0
+
+
+def test_memory_is_counted_without_parameters() -> None:
+    x = torch.randn(64, 32, requires_grad=True)
+    weight = nn.Parameter(torch.randn(16, 32), requires_grad=False)
+
+    def forward() -> torch.Tensor:
+        return torch.tanh(x @ weight.T)
+
+    base = Pass(forward, lambda y: torch.autograd.grad(y.sum(), x))
+    row = measure(a_group({"base": base}), SETTINGS).row("base")
+    assert row.saved_bytes == 64 * 16 * 4, "tanh keeps y; the product keeps the weight alone"
+    assert row.peak_bytes >= 2 * row.saved_bytes
+
+
+def test_our_layer_keeps_less_than_the_loop_and_says_so() -> None:
+    result = measure(layer_group(Shape(64, 32, 48), "fp32", SETTINGS), SETTINGS)
+    kept = {row.name: row.saved_bytes for row in result.rows}
+    assert kept[FROZEN] == 0
+    # x, h and the probabilities
+    assert kept[OURS] == 4 * 64 * (32 + 32 + 5)
+    # and y of every expert
+    assert kept["expert loop"] >= kept[OURS] + 4 * 4 * 64 * 48
+    assert "stacked, compiled" in result.skipped
+
+
+def test_records_come_back_as_they_went(tmp_path: Path) -> None:
+    result = measure(layer_group(SHAPE, "fp32", SETTINGS), SETTINGS)
+    record = Record({"device": "cpu"}, "citi bench layer", (result,))
+    record.save(tmp_path / "a folder" / "record.json")
+    assert Record.load(tmp_path / "a folder" / "record.json") == record
+    assert record.of("layer", dtype="fp32") == [result]
+    assert record.of("layer", dtype="bf16") == record.of("scaling") == []
+
+
+@pytest.mark.parametrize("change", ["cut", "rows", "version"])
+def test_a_damaged_record_is_refused_with_its_path(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "record.json"
+    result = measure(a_group({"base": Pass(lambda: None)}), SETTINGS)
+    Record({}, "citi bench", (result,)).save(path)
+    content = json.loads(path.read_text())
+    if change == "rows":
+        del content["results"][0]["rows"][0]["ratio"]
+    if change == "version":
+        content["version"] = 99
+    text = json.dumps(content)
+    path.write_text(text[: len(text) // 2] if change == "cut" else text)
+    with pytest.raises(SavedFileError, match=r"record\.json"):
+        Record.load(path)
+
+
+def _result(**ratios: float) -> Result:
+    rows = tuple(
+        Row(name, "a row", {"both": 0.5 * ratio}, {"both": ratio}, 0, 2**20, None)
+        for name, ratio in ratios.items()
+    )
+    return Result("test", {"T": 4}, "T 4", "base", 4, 0.0, 0.0, 5, 0.1, rows, {"gone": "no GPU"})
+
+
+def test_tables_hold_ratios_first_and_every_row_that_could_not_run() -> None:
+    result = _result(base=1.0, other=1.25)
+    lines = "\n".join(as_lines(result))
+    assert "1.250" in lines
+    assert "skipped: no GPU" in lines
+    markdown = as_markdown(result)
+    assert markdown[3] == "| other: a row | 1.25 | 625 (6 tokens/s) | 1.0 |"
+    assert markdown[4].startswith("| gone: not yet measured, no GPU |")
+    wide = by_shape([result, _result(base=1.0)], ["one", "two"])
+    assert wide[3] == "| other | 1.25 | not yet measured |"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "word"), [(1.05, "goal met"), (1.1, "gate met"), (1.2, "GATE MISSED")]
+)
+def test_gates_and_goals_are_judged(ratio: float, word: str) -> None:
+    row = replace(_result(base=ratio).rows[0], limit=(1.12, 1.06))
+    assert verdict(row) == f"   gate 1.12, goal 1.06: {word}"
+
+
+def test_the_command_prints_and_writes_what_it_measured(small_suites: None, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    result = citi(
+        "bench",
+        "layer",
+        "decode",
+        "--quick",
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+        "--seconds",
+        "0",
+        "--json",
+        str(file),
+    )
+    assert result.exit_code == 0, result.output
+    record = Record.load(file)
+    assert {each.suite for each in record.results} == {"layer", "decode"}
+    assert record.command.startswith("citi bench layer decode --quick")
+    assert record.machine["backend_of"]["molora_linear"] in ("torch", "native")
+    assert OURS in result.output
+    assert "over frozen linear" in result.output
+
+
+def test_a_wrong_op_is_named_and_ends_with_1(
+    small_suites: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def wrong(settings: Settings) -> Iterator[Group]:
+        def check() -> float:
+            raise AssertionError("y differs")
+
+        yield a_group({"base": Pass(lambda: None)}, check=check)
+        yield a_group({"base": Pass(lambda: None)}, settings={"T": 5})
+
+    monkeypatch.setitem(suites.SUITES, "layer", wrong)
+    file = tmp_path / "results.json"
+    result = citi("bench", "layer", "--device", "cpu", "--seconds", "0", "--json", str(file))
+    assert result.exit_code == 1
+    assert "test · T 4: WRONG, not timed: y differs" in result.output
+    assert [each.title for each in Record.load(file).results] == ["T 5"]
+
+
+def test_an_unknown_suite_is_refused_before_anything_runs() -> None:
+    result = citi("bench", "layers")
+    assert result.exit_code == 2
+    assert "there is no such suite" in " ".join(result.output.split())
