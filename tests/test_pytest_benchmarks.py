@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_benchmarks(*options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "benchmarks/", "-p", "no:cacheprovider", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    # pytest-benchmark times nothing in a worker of pytest-xdist, which this is not one of
+    environ = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environ
+    )
 
 
 def test_a_row_is_timed_beside_its_baseline_and_keeps_the_ratio(tmp_path: Path) -> None:
