@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from citi.benchmark.ceilings import COPY, PRODUCT
 from citi.benchmark.group import Result
 from citi.benchmark.record import Record
+from citi.benchmark.tables import names_of
 
 _OURS = ("#1f6f5c", "#5aa58f", "#a3d1c4")
 _PEERS = ("#8c8c8c", "#c9a227", "#b5523b", "#5b7db1", "#7a5195", "#d98b5f", "#4f4f4f", "#a6bddb")
@@ -25,7 +26,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def cost_by_shape(results: Sequence[Result], heads: Sequence[str], machine: str) -> Figure:
     """Bars of the time over the baseline: a cluster for each group, a bar for each row."""
-    names = _names(results)
+    names = names_of(results)
     figure, axes = _new(1.6 + 0.12 * len(names) * len(results), machine)
     height = 0.8 / len(names)
     for place, name in enumerate(names):
@@ -64,7 +65,7 @@ def scaling(results: Sequence[Result], machine: str) -> Figure:
     key_of = {"T": "T", "experts": "E", "rank": "r"}
     figure = Figure(figsize=(_WIDTH, 3.0), layout="constrained")
     panels = figure.subplots(1, len(axes_of), sharey=True)
-    names = [name for name in _names(results) if name != results[0].baseline]
+    names = [name for name in names_of(results) if name != results[0].baseline]
     for axes, (axis, title) in zip(panels, axes_of.items(), strict=True):
         chosen = [result for result in results if result.settings["axis"] == axis]
         xs = [result.settings[key_of[axis]] for result in chosen]
@@ -93,7 +94,7 @@ def roofline(record: Record, dtype: str, machine: str) -> Figure:
     ridge = peak / bandwidth
     low, high = min(ridge, *intensities) / 4, max(ridge, *intensities) * 4
     axes.plot([low, ridge, high], [low * bandwidth / 1e12, peak / 1e12, peak / 1e12], color="black")
-    names = _names(results)
+    names = names_of(results)
     for name in names:
         points = [
             (intensity, result.flops / row.seconds["both"] / 1e12)
@@ -144,7 +145,3 @@ def _colour(name: str, names: Sequence[str]) -> str:
     kind = [other for other in names if other.startswith("MOLoRA") == is_ours]
     colours = _OURS if is_ours else _PEERS
     return colours[kind.index(name) % len(colours)]
-
-
-def _names(results: Sequence[Result]) -> list[str]:
-    return list(dict.fromkeys(row.name for result in results for row in result.rows))

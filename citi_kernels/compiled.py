@@ -74,6 +74,12 @@ def indices(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), num_bytes, tensor.numel()
 
 
+def launch_place(tensor: Tensor) -> dict[str, int]:
+    """Where a CUDA kernel of `_C` on this tensor runs: its device, on PyTorch's current stream."""
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    return {"device": tensor.device.index, "stream": stream}
+
+
 def description() -> str:
     """One line: what was built, with what, and what runs of it on this CPU."""
     module, reason = _load()

@@ -88,7 +88,7 @@ def extended_linear(
         u=None if u_TR is None else compiled.matrix(u_TR),
         b=None if b_NR is None else compiled.matrix(b_NR),
         y=compiled.matrix(y_TN),
-        **_place(x_TK),
+        **compiled.launch_place(x_TK),
     )
     return y_TN
 
@@ -115,7 +115,7 @@ def extended_input_gradient(
         dz=None if dz_TZ is None else compiled.matrix(dz_TZ),
         stack=None if stack_ZK is None else compiled.matrix(stack_ZK),
         dx=compiled.matrix(dx_TK),
-        **_place(dy_TN),
+        **compiled.launch_place(dy_TN),
     )
     return dx_TK
 
@@ -158,8 +158,3 @@ def _why_not_on(device: torch.device) -> str | None:
 @functools.cache
 def _capability_of(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
-
-
-def _place(tensor: Tensor) -> dict[str, int]:
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    return {"device": tensor.device.index or 0, "stream": stream}

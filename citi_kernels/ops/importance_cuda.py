@@ -43,7 +43,7 @@ def accumulate_row_dots_(
     if not _are_taken(a_TF, b_TF):
         importance_torch.accumulate_row_dots_(scores_S, a_TF, b_TF, valid_T, offset_F, signed)
         return
-    extension, device = compiled.extension(), a_TF.device
+    extension = compiled.extension()
     (num_tokens, num_features), num_segments = a_TF.shape, scores_S.shape[0]
     num_parts = extension.row_dots_cuda_parts(num_tokens, num_features, num_segments)
     parts_CS = scores_S.new_empty(num_parts, num_segments, dtype=torch.float64)
@@ -59,8 +59,7 @@ def accumulate_row_dots_(
         offset=compiled.vector(offset_F),
         is_signed=signed,
         parts=compiled.vector(parts_CS),
-        device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        **compiled.launch_place(a_TF),
     )
 
 
@@ -81,7 +80,7 @@ def accumulate_parameter_scores_(
             scores_PQ, weight_NK, x_TK, g_TN, valid_T, per_token, scale, seed
         )
         return
-    extension, device = compiled.extension(), x_TK.device
+    extension = compiled.extension()
     shape, scores_shape = (x_TK.shape[0], *weight_NK.shape), tuple(scores_PQ.shape)
     num_parts = extension.parameter_scores_cuda_parts(shape, scores_shape)
     # names of ours keep these alive until the launch
@@ -99,8 +98,7 @@ def accumulate_parameter_scores_(
         scale=float(scale),
         seed=seed,
         parts=compiled.vector(parts),
-        device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        **compiled.launch_place(x_TK),
     )
 
 

@@ -284,7 +284,7 @@ def _multiply_(
             scaling=1.0 if gates is None else settings.scaling,
             factors=None if factors is None else compiled.matrix(factors),
             dots=compiled.vector(dots),
-            **_place(out),
+            **compiled.launch_place(out),
         )
 
 
@@ -318,14 +318,9 @@ def _parameter_gradient(
         right_is_slots=not left_is_slots,
         out=compiled.matrix(gradient),
         experts_in_rows=left_is_slots,
-        **_place(gradient),
+        **compiled.launch_place(gradient),
     )
     return gradient
-
-
-def _place(tensor: Tensor) -> dict[str, int]:
-    device = tensor.device
-    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
 
 
 def _dropped(rows_TK: Tensor, settings: Settings) -> Tensor:

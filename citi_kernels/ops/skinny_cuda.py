@@ -10,7 +10,7 @@ Shapes: T tokens, K in-features, N out-features, M either, E experts, R stacked 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -106,7 +106,7 @@ def shrink_route(
         renormalizes=settings.is_sparse and settings.renormalize,
         scaling=settings.scaling,
         dropout=_dropout(settings),
-        **_place(x_TK),
+        **compiled.launch_place(x_TK),
     )
     return h_TR, u_TP, probs_TG
 
@@ -120,7 +120,7 @@ def scaled_ranks(h_TR: Tensor, probs_TG: Tensor, sizes: Sizes, settings: Setting
         probs=compiled.vector(probs_TG),
         u=compiled.vector(u_TP),
         scaling=settings.scaling,
-        **_place(h_TR),
+        **compiled.launch_place(h_TR),
     )
     return u_TP
 
@@ -136,7 +136,7 @@ def row_products(wide_TM: Tensor, rows_VM: Tensor) -> Tensor:
         wide=compiled.matrix(wide_TM),
         rows=compiled.vector(rows_VM),
         parts=compiled.vector(parts_CTV),
-        **_place(wide_TM),
+        **compiled.launch_place(wide_TM),
     )
     return parts_CTV
 
@@ -172,7 +172,7 @@ def factor_gradients(
         parts=compiled.vector(parts_CMV),
         rank_columns=rank_columns,
         dropout=None if settings is None else _dropout(settings),
-        **_place(wide_TM),
+        **compiled.launch_place(wide_TM),
     )
     return parts_CMV, du_CTV
 
@@ -196,7 +196,7 @@ def rank_gradients(
         dgate=compiled.vector(dgate_TG),
         dz=compiled.vector(dz_TZ),
         scaling=settings.scaling,
-        **_place(h_TR),
+        **compiled.launch_place(h_TR),
     )
     return dz_TZ
 
@@ -221,7 +221,10 @@ def sum_parts(parts_CMV: Tensor, *wanted: Columns) -> list[Tensor]:
         outputs.append(parts_CMV.new_empty(shape, dtype=dtype if is_known else torch.float32))
         numbers.append((compiled.vector(outputs[-1]), first, count, is_transposed))
     compiled.extension().sum_shares_cuda(
-        shape=(C, M, V), parts=compiled.vector(parts_CMV), outputs=numbers, **_place(parts_CMV)
+        shape=(C, M, V),
+        parts=compiled.vector(parts_CMV),
+        outputs=numbers,
+        **compiled.launch_place(parts_CMV),
     )
     return outputs
 
@@ -247,7 +250,7 @@ def update_input_gradient_(
         stack=compiled.vector(stack_ZK),
         has_base=has_base,
         dropout=_dropout(settings),
-        **_place(dx_TK),
+        **compiled.launch_place(dx_TK),
     )
 
 
@@ -271,7 +274,7 @@ def add_non_finite_(
         right=compiled.matrix(right_RM),
         probs=compiled.vector(probs_TG),
         dropout=None if dropout is None else _dropout(dropout),
-        **_place(out_TM),
+        **compiled.launch_place(out_TM),
     )
 
 
@@ -282,9 +285,3 @@ def _dropout(settings: Settings) -> tuple[int, int, int, float] | None:
     seed, low = int(settings.dropout_seed), 2**32 - 1  # on the CPU
     threshold = dropout_threshold(settings.dropout_p)
     return seed & low, seed >> 32 & low, threshold, 1 / (1 - settings.dropout_p)
-
-
-def _place(tensor: Tensor) -> dict[str, Any]:
-    """Where a kernel on this tensor runs."""
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    return {"device": tensor.device.index, "stream": stream}

@@ -37,7 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict]]:
     fake = SimpleNamespace(DTYPES=dtypes, **{name: kernel(name) for name in names})
     monkeypatch.setattr(compiled, "extension", lambda: fake)
     monkeypatch.setattr(compiled, "_codes", lambda: {BF16: 1, torch.float16: 2})
-    monkeypatch.setattr(op, "_place", lambda tensor: {"device": 0, "stream": 7})
+    monkeypatch.setattr(compiled, "launch_place", lambda tensor: {"device": 0, "stream": 7})
     return seen
 
 

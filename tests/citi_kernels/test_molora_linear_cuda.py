@@ -60,7 +60,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[SkinnyDouble]:
     compiled._codes.cache_clear()
     double = SkinnyDouble()
     monkeypatch.setattr(compiled, "extension", lambda: double)
-    monkeypatch.setattr(skinny_cuda, "_place", lambda tensor: PLACE)
+    monkeypatch.setattr(compiled, "launch_place", lambda tensor: PLACE)
     monkeypatch.setattr(backends, "choose", lambda op, x: "cuda")
     yield double
     compiled._codes.cache_clear()

@@ -53,7 +53,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> GroupedInTorch:
 
     monkeypatch.setattr(backends, "find", find_path)
     monkeypatch.setattr(compiled, "extension", lambda: stand_in)
-    monkeypatch.setattr(top_k_path, "_place", lambda _: {"device": 0, "stream": 0})
+    monkeypatch.setattr(compiled, "launch_place", lambda _: {"device": 0, "stream": 0})
     return stand_in
 
 

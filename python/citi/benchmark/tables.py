@@ -61,7 +61,7 @@ def by_shape(results: Sequence[Result], heads: Sequence[str], part: str = "both"
     base = results[0].baseline
     lines = [table_line([f"time over the {base}", *heads])]
     lines.append(table_line(["---"] * (len(heads) + 1)))
-    for name in _names(results):
+    for name in names_of(results):
         cells = []
         for result in results:
             row = next((row for row in result.rows if row.name == name), None)
@@ -111,5 +111,6 @@ def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f}" if num_bytes < 100 * 2**20 else f"{num_bytes / 2**20:.0f}"
 
 
-def _names(results: Sequence[Result]) -> list[str]:
+def names_of(results: Sequence[Result]) -> list[str]:
+    """Of all their rows, each once, in order."""
     return list(dict.fromkeys(row.name for result in results for row in result.rows))
