@@ -5,8 +5,8 @@ TRITON_INTERPRET  1: Triton interprets its kernels, so the backend "triton" runs
 CITI_CPU_FEATURES which C++ kernels the backend "native" runs: avx512_bf16, avx512, avx2 or
                   portable; empty: the widest that this CPU has. Row dots are the same to the bit,
                   MOLoRA's results to rounding.
-CITI_EXTENDED_GEMM 1: the backend "cuda" computes the base product and the update in one GEMM of
-                  ours where it can (Hopper), not by cuBLAS and an update in place. Off until timed.
+CITI_EXTENDED_GEMM 0: the backend "cuda" leaves the base product to cuBLAS and adds the update in
+                  place, also where one GEMM of ours could compute both (Hopper).
 """
 
 from __future__ import annotations
@@ -16,4 +16,4 @@ import os
 BACKEND: str | None = os.environ.get("CITI_BACKEND") or None
 INTERPRETS: bool = os.environ.get("TRITON_INTERPRET") == "1"
 CPU_FEATURES: str = os.environ.get("CITI_CPU_FEATURES", "")
-EXTENDED_GEMM: bool = os.environ.get("CITI_EXTENDED_GEMM") == "1"
+EXTENDED_GEMM: bool = os.environ.get("CITI_EXTENDED_GEMM") != "0"

@@ -4,7 +4,7 @@
     extended_input_gradient   dx = dy weight + dz stack     stack: rows of a, then of the router
 
 One persistent kernel (TMA, wgmma), in `citi_kernels._C`; sums in fp32, one rounding at the store.
-Not yet run on a GPU, and no backend of an op: nothing takes it by itself.
+The backend "cuda" of `citi::molora_linear` takes it where `why_not` has nothing against it.
 
 A matrix is read by TMA, 16 bytes at a time: it starts at a multiple of 16 bytes, its rows lie a
 multiple of 16 bytes (8 elements) apart, its columns side by side. So a rank-sized matrix whose
@@ -144,12 +144,12 @@ def _misaligned(matrix: Tensor) -> str | None:
 
 
 def _why_not_on(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it runs on a GPU of compute capability 9.0, got {device}"
     if reason := compiled.why_missing("cuda"):
         return reason
     if "sm_90a" not in (archs := compiled.extension().built_with["cuda_archs"]).split():
         return f"citi_kernels._C was built without sm_90a ({archs})"
-    if device.type != "cuda":
-        return f"it runs on a GPU of compute capability 9.0, got {device}"
     if (found := _capability_of(device.index or 0)) != _CAPABILITY:
         return f"it runs on a GPU of compute capability 9.0, got {found[0]}.{found[1]}"
     return None

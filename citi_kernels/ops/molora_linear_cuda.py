@@ -17,9 +17,13 @@ pass over x or dy. A row stride greater than K is taken as it is.
               one pass over x: parts of da and drouter
               dx = dy weight; dx += dz [a; router]
 
+On Hopper each product and its update are one GEMM, `extended_gemm_cuda`, from 512 tokens on (fewer
+have not been timed) where its `why_not` has nothing against it; not with top_k, nor in a backward
+with dropout. CITI_EXTENDED_GEMM=0 turns that off.
+
 Gradients that are not asked for are not computed. Two-stage sums, no atomics: repeats are bitwise
 equal. With top_k, NaN and inf of a parameter reach the tokens that keep its expert alone, as in the
-other backends. Not yet run on a GPU.
+other backends.
 
 Shapes: T tokens, K in-features, N out-features, E experts, R stacked rank (E·r), G = E + 1 gates,
 B segments; P and Z of `skinny_cuda`.
@@ -41,6 +45,8 @@ from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Sett
 
 MAX_DENSE_RANK = 128
 MAX_DENSE_GATES = 64
+# below it the extended GEMM has not been timed
+MIN_EXTENDED_TOKENS = 512
 
 
 def refuses(x: Tensor) -> str | None:
@@ -73,6 +79,8 @@ def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tens
     if _takes_extended(x_TK, weight_NK, settings, bias_N):
         b_NR = extended_gemm_cuda.aligned_rows(b_RN.T)
         y_TN = extended_gemm_cuda.extended_linear(x_TK, weight_NK, bias_N, u_TR, b_NR)
+        # its rows lie apart where N is no multiple of 8
+        y_TN = y_TN.contiguous()
     else:
         base_TN = None if weight_NK is None else F.linear(x_TK, weight_NK, bias_N)
         y_TN = _add_product(base_TN, u_TR, _finite(b_RN, settings))
@@ -151,8 +159,10 @@ def _other_path(
 def _takes_extended(
     left: Tensor, weight_NK: Tensor | None, settings: Settings, bias_N: Tensor | None = None
 ) -> bool:
-    """Whether one GEMM with a longer K is asked for and possible; with top_k see `_finite`."""
+    """Whether one GEMM with a longer K is wanted and possible; with top_k see `_finite`."""
     if not environment.EXTENDED_GEMM or weight_NK is None or settings.is_sparse:
+        return False
+    if left.shape[0] < MIN_EXTENDED_TOKENS:
         return False
     return extended_gemm_cuda.why_not(left, weight_NK, bias_N) is None
 

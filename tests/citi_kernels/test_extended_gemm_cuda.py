@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from citi_kernels import compiled
+from citi_kernels import compiled, environment
 from citi_kernels.ops import extended_gemm_cuda as op
 
-BF16 = torch.bfloat16
+BF16, GPU = torch.bfloat16, torch.device("cuda", 0)
 
 
 def _zeros(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -82,17 +83,27 @@ def test_what_can_be_taken_is_not_refused(on_hopper: None) -> None:
 def test_without_a_hopper_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = _zeros(4, 16), _zeros(8, 16)
     monkeypatch.setattr(compiled, "why_missing", lambda backend: "no nvcc" * (backend == "cuda"))
-    assert op.why_not(*matrices) == "no nvcc"
+    assert op._why_not_on(GPU) == "no nvcc"
     monkeypatch.setattr(compiled, "why_missing", lambda backend: None)
     built = SimpleNamespace(built_with={"cuda_archs": "sm_80 compute_80"})
     monkeypatch.setattr(compiled, "extension", lambda: built)
-    assert "built without sm_90a (sm_80 compute_80)" in op.why_not(*matrices)
+    assert "built without sm_90a (sm_80 compute_80)" in op._why_not_on(GPU)
     built.built_with["cuda_archs"] = "sm_80 sm_90a"
     assert op.why_not(*matrices) == "it runs on a GPU of compute capability 9.0, got cpu"
     monkeypatch.setattr(op, "_capability_of", lambda index: (10, 0))
-    assert op._why_not_on(torch.device("cuda", 0)).endswith("capability 9.0, got 10.0")
+    assert op._why_not_on(GPU).endswith("capability 9.0, got 10.0")
     monkeypatch.setattr(op, "_capability_of", lambda index: (9, 0))
-    assert op._why_not_on(torch.device("cuda", 0)) is None
+    assert op._why_not_on(GPU) is None
+
+
+@pytest.mark.parametrize(("value", "is_on"), [(None, True), ("", True), ("1", True), ("0", False)])
+def test_it_is_on_unless_turned_off(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, is_on: bool
+) -> None:
+    monkeypatch.delenv("CITI_EXTENDED_GEMM", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CITI_EXTENDED_GEMM", value)
+    assert runpy.run_path(environment.__file__)["EXTENDED_GEMM"] is is_on
 
 
 def test_a_linear_layer_reaches_the_kernel(calls: list[tuple[str, dict]]) -> None:

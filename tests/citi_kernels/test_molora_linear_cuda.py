@@ -17,7 +17,7 @@ from skinny_double import PLACE, SkinnyDouble
 from torch import Tensor
 
 from citi_kernels import backends, compiled, environment, molora_linear
-from citi_kernels.ops import extended_gemm_cuda, skinny_cuda
+from citi_kernels.ops import extended_gemm_cuda, molora_linear_cuda, skinny_cuda
 from citi_kernels.ops.molora_linear_contract import Settings
 from citi_kernels.ops.molora_linear_cuda import empty_saved, path
 from citi_kernels.testing import (
@@ -295,7 +295,7 @@ def test_tracing_sees_the_shapes_that_are_saved(double: SkinnyDouble, options: d
 
 
 @pytest.mark.parametrize("sizes", [(61, 96, 80), (33, 45, 51)], ids=["aligned", "ragged"])
-def test_asked_for_the_base_and_the_update_are_one_product(
+def test_the_base_and_the_update_are_one_product(
     double: SkinnyDouble, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int]
 ) -> None:
     """The operands that the GEMM of Hopper gets; what it makes of them is tested elsewhere."""
@@ -312,6 +312,7 @@ def test_asked_for_the_base_and_the_update_are_one_product(
         return (dy.float() @ weight.float() + dz.float() @ stack.float()).to(dy.dtype)
 
     monkeypatch.setattr(environment, "EXTENDED_GEMM", True)
+    monkeypatch.setattr(molora_linear_cuda, "MIN_EXTENDED_TOKENS", 1)
     monkeypatch.setattr(extended_gemm_cuda, "why_not", lambda *operands: None)
     monkeypatch.setattr(extended_gemm_cuda, "extended_linear", extended_linear)
     monkeypatch.setattr(extended_gemm_cuda, "extended_input_gradient", extended_input_gradient)
