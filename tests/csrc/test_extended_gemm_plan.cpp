@@ -243,6 +243,20 @@ void CheckSchedules() {
   }
 }
 
+// As few clusters as make the same number of rounds.
+void CheckBalance() {
+  ExtendedGemm gemm{};
+  gemm.num_columns = 4096;
+  gemm.num_rows = 8192;
+  CHECK(gemm::NumBlocks<WideTiles>(gemm, 132) == 128, "512 units on 66 clusters: 64 make 8 rounds");
+  gemm.num_columns = 14336;
+  CHECK(gemm::NumBlocks<WideTiles>(gemm, 132) == 128, "1792 units on 66 clusters: 64 make 28");
+  gemm.num_rows = 300;
+  gemm.num_columns = 520;
+  CHECK(gemm::NumBlocks<NarrowTiles>(gemm, 132) == 15, "fewer units than blocks");
+  CHECK(gemm::NumBlocks<NarrowTiles>(gemm, 14) == 8, "15 units in 2 rounds");
+}
+
 // Units that run at once lie close together: eight rows of them before the next column.
 void CheckLocality() {
   ExtendedGemm gemm{};
@@ -342,6 +356,7 @@ int main() {
   citi::CheckRing();
   citi::CheckSteps();
   citi::CheckSchedules();
+  citi::CheckBalance();
   citi::CheckLocality();
   citi::CheckDescriptors();
   citi::CheckLayout<citi::gemm::WideTiles>();
