@@ -11,7 +11,8 @@ size: its copies in L2, not x, would set the time.
 Rows that do not begin at 16 bytes, or whose length is no multiple of 8, are copied first: one more
 pass over x or dy. A row stride greater than K is taken as it is.
 
-    forward   y = x weightᵀ + bias; shrink and route: h, u, gates in one pass over x; y += u bᵀ
+    forward   shrink and route: h, u, gates in one pass over x
+              y = x weightᵀ + bias; y += u bᵀ
     backward  up to rank 32, one pass over dy: parts of du = dy b and of db = dyᵀ u; two beyond
               rank space: dz = [dh | dlogits]
               one pass over x: parts of da and drouter
@@ -19,7 +20,8 @@ pass over x or dy. A row stride greater than K is taken as it is.
 
 On Hopper each product and its update are one GEMM, `extended_gemm_cuda`, from 512 tokens on (fewer
 have not been timed) where its `why_not` has nothing against it; not with top_k, nor in a backward
-with dropout. CITI_EXTENDED_GEMM=0 turns that off.
+with dropout. CITI_EXTENDED_GEMM=0 turns that off. Then in the backward du has a pass of its own,
+and db, da and drouter run beside the GEMM, on the multiprocessors that it leaves free.
 
 Gradients that are not asked for are not computed. Two-stage sums, no atomics: repeats are bitwise
 equal. With top_k, NaN and inf of a parameter reach the tokens that keep its expert alone, as in the
@@ -42,6 +44,10 @@ from citi_kernels.ops import extended_gemm_cuda, molora_linear_cuda_top_k, molor
 from citi_kernels.ops import molora_linear_reference as definition
 from citi_kernels.ops import skinny_cuda as skinny
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
+from citi_kernels.ops.side_stream import Beside
+
+# of dx, a, b and router
+Factors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 MAX_DENSE_RANK = 128
 MAX_DENSE_GATES = 64
@@ -68,24 +74,12 @@ def path(num_tokens: int, a_RK: Tensor, dtype: torch.dtype, settings: Settings) 
 
 def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tensor | None]:
     """y (T, N), what the backward needs, and the gate sums (B, G) or None."""
-    x_TK, weight_NK, bias_N, a_RK, b_NR, router_GK = operands
+    x_TK, a_RK = operands.x, operands.a
     other = _other_path(x_TK.shape[0], a_RK, x_TK.dtype, settings)
     if other is not None:
         return other.forward(operands, settings)
     x_TK, sizes = _in_rows(x_TK), _sizes(x_TK.shape[0], a_RK, settings)
-    stack_ZK = skinny.stack(a_RK, router_GK, sizes, x_TK.dtype)
-    h_TR, u_TP, probs_TG = skinny.shrink_route(skinny.aligned(x_TK), stack_ZK, sizes, settings)
-    u_TR, b_RN = u_TP[:, : sizes.R], b_NR.to(x_TK.dtype).T
-    if _takes_extended(x_TK, weight_NK, settings, bias_N):
-        b_NR = extended_gemm_cuda.aligned_rows(b_RN.T)
-        y_TN = extended_gemm_cuda.extended_linear(x_TK, weight_NK, bias_N, u_TR, b_NR)
-        # its rows lie apart where N is no multiple of 8
-        y_TN = y_TN.contiguous()
-    else:
-        base_TN = None if weight_NK is None else F.linear(x_TK, weight_NK, bias_N)
-        y_TN = _add_product(base_TN, u_TR, _finite(b_RN, settings))
-    if settings.is_sparse and y_TN.numel():
-        skinny.add_non_finite_(y_TN, u_TR, b_RN, probs_TG, sizes)
+    y_TN, h_TR, probs_TG = _routed(operands._replace(x=x_TK), sizes, settings)
     gate_sums_BG = None
     if settings.segment_ids is not None:
         # a marked probability is below 0 or -0
@@ -133,20 +127,15 @@ def backward(
         b=None,
         router=None,
     )
-    db_NR, du_CTP = _up_gradients(dy_TN, operands.b, saved, sizes, settings, needs)
-    gradients = gradients._replace(b=db_NR)
-    if not _needs_rank(needs):
-        return gradients
     dgate_TG = None
-    if dgate_sums_BG is not None:
+    if dgate_sums_BG is not None and _needs_rank(needs):
         # the padded row of zeros is the last, where a segment of -1 points
         dgate_TG = F.pad(dgate_sums_BG.float(), (0, 0, 0, 1))[settings.segment_ids]
-    dz_TZ = skinny.rank_gradients(du_CTP, saved.h, saved.probs, dgate_TG, sizes, settings)
-    da_RK, drouter_GK = _down_gradients(dz_TZ, operands, sizes, settings, needs)
-    dx_TK = None
-    if needs.x:
-        dx_TK = _input_gradient(dy_TN, dz_TZ, operands, saved, sizes, settings)
-    return gradients._replace(x=dx_TK, a=da_RK, router=drouter_GK)
+    is_extended = needs.x and settings.dropout_p == 0 and dy_TN is not None
+    is_extended = is_extended and _takes_extended(dy_TN, operands.weight, settings)
+    run = _gradients_beside if is_extended else _gradients_in_turn
+    dx_TK, da_RK, db_NR, drouter_GK = run(dy_TN, dgate_TG, operands, saved, sizes, settings, needs)
+    return gradients._replace(x=dx_TK, a=da_RK, b=db_NR, router=drouter_GK)
 
 
 def _other_path(
@@ -154,6 +143,26 @@ def _other_path(
 ) -> ModuleType | None:
     others = {"grouped": molora_linear_cuda_top_k, "library": molora_linear_torch}
     return others.get(path(num_tokens, a_RK, dtype, settings))
+
+
+def _routed(
+    operands: Operands, sizes: skinny.Sizes, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (T, N), h (T, R) and probs (T, G)."""
+    x_TK, weight_NK, bias_N, a_RK, b_NR, router_GK = operands
+    stack_ZK = skinny.stack(a_RK, router_GK, sizes, x_TK.dtype)
+    h_TR, u_TP, probs_TG = skinny.shrink_route(skinny.aligned(x_TK), stack_ZK, sizes, settings)
+    u_TR, b_NR = u_TP[:, : sizes.R], b_NR.to(x_TK.dtype)
+    if _takes_extended(x_TK, weight_NK, settings, bias_N):
+        b_NR = extended_gemm_cuda.aligned_rows(b_NR)
+        y_TN = extended_gemm_cuda.extended_linear(x_TK, weight_NK, bias_N, u_TR, b_NR)
+        # its rows lie apart where N is no multiple of 8
+        return y_TN.contiguous(), h_TR, probs_TG
+    base_TN = None if weight_NK is None else F.linear(x_TK, weight_NK, bias_N)
+    y_TN = _add_product(base_TN, u_TR, _finite(b_NR.T, settings))
+    if settings.is_sparse and y_TN.numel():
+        skinny.add_non_finite_(y_TN, u_TR, b_NR.T, probs_TG, sizes)
+    return y_TN, h_TR, probs_TG
 
 
 def _takes_extended(
@@ -181,6 +190,55 @@ def _needs_rank(needs: Needs) -> bool:
     return needs.x or needs.a or needs.router
 
 
+def _gradients_beside(
+    dy_TN: Tensor,
+    dgate_TG: Tensor | None,
+    operands: Operands,
+    saved: Saved,
+    sizes: skinny.Sizes,
+    settings: Settings,
+    needs: Needs,
+) -> Factors:
+    """dx from one GEMM with a longer K; the other gradients beside it, on a second stream."""
+    beside, aligned_TN = Beside(dy_TN.device), skinny.aligned(dy_TN)
+    rounded_NR = _rounded(operands.b, aligned_TN)
+    du_CTP = skinny.row_products(aligned_TN, _as_rows(rounded_NR, sizes))
+    dz_TZ = skinny.rank_gradients(du_CTP, saved.h, saved.probs, dgate_TG, sizes, settings)
+    stack_ZK = skinny.stack(operands.a, operands.router, sizes, dz_TZ.dtype)
+    db_NR = None
+    if needs.b:
+        u_TP = skinny.scaled_ranks(saved.h, saved.probs, sizes, settings, beside)
+        parts_CNP, _ = skinny.factor_gradients(aligned_TN, u_TP, beside=beside)
+        db_NR = _sum_up(parts_CNP, operands.b, sizes, beside)
+    da_RK, drouter_GK = _down_gradients(dz_TZ, operands, sizes, settings, needs, beside)
+    with beside:
+        dx_TK = extended_gemm_cuda.extended_input_gradient(
+            dy_TN, operands.weight, dz_TZ, stack_ZK[:, : operands.a.shape[1]]
+        )
+    return dx_TK, da_RK, db_NR, drouter_GK
+
+
+def _gradients_in_turn(
+    dy_TN: Tensor | None,
+    dgate_TG: Tensor | None,
+    operands: Operands,
+    saved: Saved,
+    sizes: skinny.Sizes,
+    settings: Settings,
+    needs: Needs,
+) -> Factors:
+    """dx from a library's product and an update in place."""
+    db_NR, du_CTP = _up_gradients(dy_TN, operands.b, saved, sizes, settings, needs)
+    if not _needs_rank(needs):
+        return None, None, db_NR, None
+    dz_TZ = skinny.rank_gradients(du_CTP, saved.h, saved.probs, dgate_TG, sizes, settings)
+    da_RK, drouter_GK = _down_gradients(dz_TZ, operands, sizes, settings, needs)
+    dx_TK = None
+    if needs.x:
+        dx_TK = _input_gradient(dy_TN, dz_TZ, operands, saved, sizes, settings)
+    return dx_TK, da_RK, db_NR, drouter_GK
+
+
 def _up_gradients(
     dy_TN: Tensor | None,
     b_NR: Tensor,
@@ -190,29 +248,47 @@ def _up_gradients(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None]:
     """db (N, R) if asked for, and parts of du (C, T, P) if needed and if there is a dy."""
-    N = b_NR.shape[0]
-    if dy_TN is None or N == 0:
+    if dy_TN is None or b_NR.shape[0] == 0:
         return torch.zeros_like(b_NR) if needs.b else None, None
     dy_TN = skinny.aligned(dy_TN)
-    rounded_NR = b_NR.to(dy_TN.dtype).contiguous()
-    if dy_TN.shape[1] > N:
-        rounded_NR = F.pad(rounded_NR, (0, 0, 0, dy_TN.shape[1] - N))
-    db_NR, du_CTP = None, None
-    in_one_pass = sizes.P <= skinny.MAX_RANK_OF_ONE_PASS
+    rounded_NR, db_NR, du_CTP = _rounded(b_NR, dy_TN), None, None
     if needs.b:
         u_TP = skinny.scaled_ranks(saved.h, saved.probs, sizes, settings)
-        is_shared = in_one_pass and _needs_rank(needs)
+        is_shared = sizes.P <= skinny.MAX_RANK_OF_ONE_PASS and _needs_rank(needs)
         parts_CNP, du_CTP = skinny.factor_gradients(dy_TN, u_TP, rounded_NR if is_shared else None)
-        wanted = skinny.Columns(0, sizes.R, b_NR.dtype, is_transposed=False)
-        db_NR = skinny.sum_parts(parts_CNP, wanted)[0][:N]
+        db_NR = _sum_up(parts_CNP, b_NR, sizes)
     if du_CTP is None and _needs_rank(needs):
-        b_PN = F.pad(rounded_NR.T, (0, 0, 0, sizes.P - sizes.R)).contiguous()
-        du_CTP = skinny.row_products(dy_TN, b_PN)
+        du_CTP = skinny.row_products(dy_TN, _as_rows(rounded_NR, sizes))
     return db_NR, du_CTP
 
 
+def _rounded(b_NR: Tensor, dy_TN: Tensor) -> Tensor:
+    """b in dy's dtype, with rows of zeros where dy was given columns."""
+    rounded_NR = b_NR.to(dy_TN.dtype).contiguous()
+    missing = dy_TN.shape[1] - b_NR.shape[0]
+    return F.pad(rounded_NR, (0, 0, 0, missing)) if missing else rounded_NR
+
+
+def _as_rows(b_NR: Tensor, sizes: skinny.Sizes) -> Tensor:
+    """bᵀ (P, N), contiguous, with rows of zeros from R on."""
+    missing = sizes.P - sizes.R
+    return (F.pad(b_NR.T, (0, 0, 0, missing)) if missing else b_NR.T).contiguous()
+
+
+def _sum_up(
+    parts_CNP: Tensor, b_NR: Tensor, sizes: skinny.Sizes, beside: Beside | None = None
+) -> Tensor:
+    wanted = skinny.Columns(0, sizes.R, b_NR.dtype, is_transposed=False)
+    return skinny.sum_parts(parts_CNP, wanted, beside=beside)[0][: b_NR.shape[0]]
+
+
 def _down_gradients(
-    dz_TZ: Tensor, operands: Operands, sizes: skinny.Sizes, settings: Settings, needs: Needs
+    dz_TZ: Tensor,
+    operands: Operands,
+    sizes: skinny.Sizes,
+    settings: Settings,
+    needs: Needs,
+    beside: Beside | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """da (R, K) and drouter (G, K), each if asked for."""
     if not (needs.a or needs.router):
@@ -224,6 +300,7 @@ def _down_gradients(
         dz_TZ[:, first:last],
         rank_columns=sizes.P if needs.a else 0,
         settings=settings if needs.a else None,
+        beside=beside,
     )
     wanted = []
     if needs.a:
@@ -231,7 +308,7 @@ def _down_gradients(
     if needs.router:
         at, dtype = sizes.P - first, operands.router.dtype
         wanted.append(skinny.Columns(at, sizes.G, dtype, is_transposed=True))
-    sums = [each[:, :K] for each in skinny.sum_parts(parts_CKV, *wanted)]
+    sums = [each[:, :K] for each in skinny.sum_parts(parts_CKV, *wanted, beside=beside)]
     return sums[0] if needs.a else None, sums[-1] if needs.router else None
 
 
@@ -255,10 +332,6 @@ def _input_gradient(
             torch.mm(dy_TN, operands.weight, out=dx_TK[:, :K])
         skinny.update_input_gradient_(dx_TK, dz_TZ, stack_ZK, sizes, settings, has_base=has_base)
         dx_TK = dx_TK[:, :K].contiguous()
-    elif has_base and _takes_extended(dy_TN, operands.weight, settings):
-        dx_TK = extended_gemm_cuda.extended_input_gradient(
-            dy_TN, operands.weight, dz_TZ, stack_ZK[:, :K]
-        )
     else:
         base_TK = dy_TN @ operands.weight if has_base else None
         dx_TK = _add_product(base_TK, dz_TZ, stack_ZK[:, :K])

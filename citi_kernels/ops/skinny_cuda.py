@@ -2,7 +2,8 @@
 
 Each function is one pass over a wide matrix, or one over what is rank-sized. x, dy and everything
 rank-sized have one dtype, bf16 or fp16; probabilities and parts of sums are fp32. Sums over parts
-have an order that follows from the shape alone. Not yet run on a GPU.
+have an order that follows from the shape alone. Given `beside`, a function takes its memory at once
+and its kernel runs with the others of `side_stream.Beside`.
 
 Shapes: T tokens, K in-features, N out-features, M either, E experts, R stacked rank (E·r), G gates
 (E + 1); P = R rounded up to 8, Z = P + G rounded up to 8; C parts, V columns of a narrow matrix.
@@ -10,7 +11,7 @@ Shapes: T tokens, K in-features, N out-features, M either, E experts, R stacked 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,6 +20,7 @@ from torch import Tensor
 from citi_kernels import compiled
 from citi_kernels.ops.molora_linear_contract import Settings
 from citi_kernels.ops.molora_linear_reference import dropout_threshold
+from citi_kernels.ops.side_stream import Beside
 
 # beyond it the parts of du that one pass over dy leaves are as large as dy
 MAX_RANK_OF_ONE_PASS = 32
@@ -111,16 +113,20 @@ def shrink_route(
     return h_TR, u_TP, probs_TG
 
 
-def scaled_ranks(h_TR: Tensor, probs_TG: Tensor, sizes: Sizes, settings: Settings) -> Tensor:
+def scaled_ranks(
+    h_TR: Tensor, probs_TG: Tensor, sizes: Sizes, settings: Settings, beside: Beside | None = None
+) -> Tensor:
     """u (T, P) as the forward had it."""
     u_TP = h_TR.new_empty(sizes.T, sizes.P)
-    compiled.extension().scale_ranks_cuda(
+    _launch(
+        "scale_ranks_cuda",
+        (h_TR, probs_TG, u_TP),
+        beside,
         shape=sizes.shape,
         h=compiled.vector(h_TR),
         probs=compiled.vector(probs_TG),
         u=compiled.vector(u_TP),
         scaling=settings.scaling,
-        **compiled.launch_place(h_TR),
     )
     return u_TP
 
@@ -148,6 +154,7 @@ def factor_gradients(
     *,
     rank_columns: int = 0,
     settings: Settings | None = None,
+    beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Parts (C, M, V) of wideᵀ narrow and, given b, parts (C, T, V) of wide b; one pass over wide.
 
@@ -162,7 +169,10 @@ def factor_gradients(
     du_CTV = None
     if gives_ranks:
         du_CTV = wide_TM.new_empty(num_tiles, T, V, dtype=torch.float32)
-    extension.factor_gradients_cuda(
+    _launch(
+        "factor_gradients_cuda",
+        (wide_TM, narrow_TV, b_MR, du_CTV, parts_CMV),
+        beside,
         shape=(T, M, V),
         wide=compiled.matrix(wide_TM),
         narrow=compiled.matrix(narrow_TV),
@@ -172,7 +182,6 @@ def factor_gradients(
         parts=compiled.vector(parts_CMV),
         rank_columns=rank_columns,
         dropout=None if settings is None else _dropout(settings),
-        **compiled.launch_place(wide_TM),
     )
     return parts_CMV, du_CTV
 
@@ -210,7 +219,7 @@ class Columns(NamedTuple):
     is_transposed: bool
 
 
-def sum_parts(parts_CMV: Tensor, *wanted: Columns) -> list[Tensor]:
+def sum_parts(parts_CMV: Tensor, *wanted: Columns, beside: Beside | None = None) -> list[Tensor]:
     """For each of the up to two wanted (M, count), or (count, M), of the sum over C."""
     C, M, V = parts_CMV.shape
     outputs, numbers = [], []
@@ -220,11 +229,13 @@ def sum_parts(parts_CMV: Tensor, *wanted: Columns) -> list[Tensor]:
         is_known = dtype in (torch.bfloat16, torch.float16)
         outputs.append(parts_CMV.new_empty(shape, dtype=dtype if is_known else torch.float32))
         numbers.append((compiled.vector(outputs[-1]), first, count, is_transposed))
-    compiled.extension().sum_shares_cuda(
+    _launch(
+        "sum_shares_cuda",
+        (parts_CMV, *outputs),
+        beside,
         shape=(C, M, V),
         parts=compiled.vector(parts_CMV),
         outputs=numbers,
-        **compiled.launch_place(parts_CMV),
     )
     return outputs
 
@@ -276,6 +287,20 @@ def add_non_finite_(
         dropout=None if dropout is None else _dropout(dropout),
         **compiled.launch_place(out_TM),
     )
+
+
+def _launch(
+    kernel: str, tensors: tuple[Tensor | None, ...], beside: Beside | None, **arguments: Any
+) -> None:
+    """A kernel of `_C` on the current stream, or with those of `beside`.
+
+    tensors: all that the arguments point to; the first says where the kernel runs.
+    """
+    function = getattr(compiled.extension(), kernel)
+    if beside is None:
+        function(**arguments, **compiled.launch_place(tensors[0]))
+    else:
+        beside.later(function, arguments, tensors)
 
 
 def _dropout(settings: Settings) -> tuple[int, int, int, float] | None:

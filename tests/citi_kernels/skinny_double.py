@@ -28,11 +28,12 @@ _DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16, 3: torch.float
 
 
 class SkinnyDouble:
-    """Stands in for the module; counts calls by name."""
+    """Stands in for the module; counts calls by name, and records their order."""
 
     def __init__(self) -> None:
         self.DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3, "bool": 4}
         self.calls: Counter[str] = Counter()
+        self.record: list[str] = []
         missing = compiled.why_missing("cuda")
         self._checks = None if missing else compiled.extension()
 
@@ -140,11 +141,28 @@ class SkinnyDouble:
 
     def _begin(self, name: str, arguments: dict[str, Any]) -> _Call:
         self.calls[name] += 1
+        self.record.append(name)
         assert {key: arguments[key] for key in PLACE} == PLACE
         if self._checks is not None and not torch.cuda.is_available():
             with pytest.raises(RuntimeError, match="could not launch on CUDA"):
                 getattr(self._checks, name)(**arguments)
         return _Call(arguments)
+
+
+class StreamDouble:
+    """A stream by name; what it waits for goes to a record."""
+
+    cuda_stream = PLACE["stream"]
+
+    def __init__(self, name: str, record: list[str]) -> None:
+        self.name, self._record = name, record
+
+    def record_event(self) -> str:
+        self._record.append(f"{self.name} records")
+        return self.name
+
+    def wait_event(self, recorded_by: str) -> None:
+        self._record.append(f"{self.name} waits for {recorded_by}")
 
 
 class _Call:

@@ -13,11 +13,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from skinny_double import PLACE, SkinnyDouble
+from skinny_double import PLACE, SkinnyDouble, StreamDouble
 from torch import Tensor
 
 from citi_kernels import backends, compiled, environment, molora_linear
-from citi_kernels.ops import extended_gemm_cuda, molora_linear_cuda, skinny_cuda
+from citi_kernels.ops import (
+    extended_gemm_cuda,
+    molora_linear_cuda,
+    side_stream,
+    skinny_cuda,
+)
 from citi_kernels.ops.molora_linear_contract import Settings
 from citi_kernels.ops.molora_linear_cuda import empty_saved, path
 from citi_kernels.testing import (
@@ -294,20 +299,20 @@ def test_tracing_sees_the_shapes_that_are_saved(double: SkinnyDouble, options: d
         assert each is None or shown[tuple(each.shape)] == each.dtype
 
 
-@pytest.mark.parametrize("sizes", [(61, 96, 80), (33, 45, 51)], ids=["aligned", "ragged"])
-def test_the_base_and_the_update_are_one_product(
-    double: SkinnyDouble, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int]
-) -> None:
-    """The operands that the GEMM of Hopper gets; what it makes of them is tested elsewhere."""
-    calls = []
+@pytest.fixture
+def extended(double: SkinnyDouble, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The GEMM of Hopper in PyTorch, from one token on; it and all streams keep one record.
+
+    Its operands are checked; what it makes of them is tested elsewhere.
+    """
 
     def extended_linear(x, weight, bias, u, b):
-        calls.append("forward")
+        double.record.append("y")
         assert extended_gemm_cuda._misaligned(u) is extended_gemm_cuda._misaligned(b) is None
         return (x.float() @ weight.T.float() + bias + u.float() @ b.T.float()).to(x.dtype)
 
     def extended_input_gradient(dy, weight, dz, stack):
-        calls.append("backward")
+        double.record.append("dx")
         assert extended_gemm_cuda._misaligned(dz) is extended_gemm_cuda._misaligned(stack) is None
         return (dy.float() @ weight.float() + dz.float() @ stack.float()).to(dy.dtype)
 
@@ -316,7 +321,79 @@ def test_the_base_and_the_update_are_one_product(
     monkeypatch.setattr(extended_gemm_cuda, "why_not", lambda *operands: None)
     monkeypatch.setattr(extended_gemm_cuda, "extended_linear", extended_linear)
     monkeypatch.setattr(extended_gemm_cuda, "extended_input_gradient", extended_input_gradient)
-    check_molora_linear(molora_linear, random_case(*sizes, dtype=torch.bfloat16))
-    assert calls == ["forward", "backward"]
+    streams = {name: StreamDouble(name, double.record) for name in ("main", "side")}
+    monkeypatch.setattr(side_stream, "_current_stream", lambda device: streams["main"])
+    monkeypatch.setattr(side_stream, "_side_stream", lambda device: streams["side"])
+    return double.record
+
+
+@pytest.mark.parametrize("sizes", [(61, 96, 80), (33, 45, 51)], ids=["aligned", "ragged"])
+def test_the_base_and_the_update_are_one_product(
+    extended: list[str], sizes: tuple[int, int, int]
+) -> None:
+    with poisoned_memory():
+        check_molora_linear(molora_linear, random_case(*sizes, dtype=torch.bfloat16))
+    assert (extended.count("y"), extended.count("dx")) == (1, 1)
+    extended.clear()
     check_molora_linear(molora_linear, random_case(*sizes, dtype=torch.bfloat16, top_k=2))
-    assert len(calls) == 2, "0 · NaN of a dropped expert must not reach a token"
+    assert "y" not in extended, "0 · NaN of a dropped expert must not reach a token"
+    assert "dx" not in extended
+    check_molora_linear(molora_linear, random_case(*sizes, dtype=torch.bfloat16, **DROPOUT))
+    assert (extended.count("y"), extended.count("dx")) == (1, 0)
+
+
+@pytest.mark.parametrize("r", [1, 8, 12])
+def test_every_subset_of_gradients_with_the_extended_gemm_is_the_same_to_rounding(
+    extended: list[str], r: int
+) -> None:
+    case = random_case(9, 24, 16, r=r, dtype=torch.bfloat16)
+    expected = evaluate(molora_linear, case)
+    for size in range(1, len(OPERANDS) + 1):
+        for subset in itertools.combinations(OPERANDS, size):
+            for name, gradient in gradients_of(case, subset).items():
+                assert_accurate(
+                    gradient, expected[f"d{name}"].double(), expected[f"d{name}"], name=name
+                )
+
+
+def test_few_tokens_and_the_switch_keep_the_library(
+    extended: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = random_case(9, 24, 16, dtype=torch.bfloat16)
+    monkeypatch.setattr(molora_linear_cuda, "MIN_EXTENDED_TOKENS", 10)
+    evaluate(molora_linear, case)
+    monkeypatch.setattr(molora_linear_cuda, "MIN_EXTENDED_TOKENS", 9)
+    monkeypatch.setattr(environment, "EXTENDED_GEMM", False)
+    evaluate(molora_linear, case)
+    assert not {"y", "dx", "side waits for main"} & set(extended)
+
+
+FORK, JOIN = "side waits for main", "main waits for side"
+
+
+@pytest.mark.parametrize(
+    ("trained", "after"),
+    [
+        ("x", []),
+        ("x bias", []),
+        ("x b", [FORK, "scale_ranks_cuda", "factor_gradients_cuda", "sum_shares_cuda", JOIN]),
+        ("x a", [FORK, "factor_gradients_cuda", "sum_shares_cuda", JOIN]),
+        (
+            "x a b router",
+            [FORK, "scale_ranks_cuda"] + 2 * ["factor_gradients_cuda", "sum_shares_cuda"] + [JOIN],
+        ),
+    ],
+)
+def test_gradients_of_factors_run_beside_the_gemm_and_begin_after_it_was_launched(
+    extended: list[str], trained: str, after: list[str]
+) -> None:
+    gradients_of(random_case(9, 24, 16, dtype=torch.bfloat16), tuple(trained.split()))
+    backward = extended[extended.index("row_product_cuda") :]
+    fork = ["main records"] if after else []
+    join = [*after[:-1], "side records", after[-1]] if after else []
+    assert backward == ["row_product_cuda", "rank_gradients_cuda", *fork, "dx", *join]
+
+
+def test_without_a_gradient_of_x_nothing_runs_beside(extended: list[str]) -> None:
+    gradients_of(random_case(9, 24, 16, dtype=torch.bfloat16), ("a", "b", "router"))
+    assert not {"dx", FORK, JOIN} & set(extended)
