@@ -38,7 +38,8 @@ export PYTHONPATH=".:python:tests${PYTHONPATH:+:$PYTHONPATH}"
 on_gpu=(env CITI_TEST_DEVICE=cuda CITI_BACKEND=triton)
 on_gpu_cuda=(env CITI_TEST_DEVICE=cuda CITI_BACKEND=cuda)
 kernel_tests=(tests/citi_kernels/test_molora_linear.py tests/citi_kernels/test_molora_linear_autograd.py
-  tests/citi_kernels/test_molora_linear_reliability.py tests/citi_kernels/test_layer.py
+  tests/citi_kernels/test_molora_linear_reliability.py tests/citi_kernels/test_molora_on_gpu.py
+  tests/citi_kernels/test_layer.py tests/citi_kernels/test_importance_on_gpu.py
   tests/citi_kernels/test_importance_row_dots.py tests/citi_kernels/test_importance_parameters.py)
 bench=("$PYTHON" -m citi bench --device cuda --dtype bf16)
 small_case=(tests/citi_kernels/test_molora_linear.py -k fp16-dense)

@@ -1,4 +1,4 @@
-"""RELIABILITY cases of the Triton backend that only a GPU can show; skipped without one."""
+"""RELIABILITY cases of the backends for a GPU that only one can show; skipped without one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from citi_kernels import molora_linear
-from citi_kernels.testing import evaluate, random_case
-from under_test import BACKEND
+from citi_kernels.testing import check_molora_linear, evaluate, poisoned_memory, random_case
+from under_test import BACKEND, DEVICE
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or BACKEND != "triton",
-    reason="needs a GPU and CITI_BACKEND=triton",
+    DEVICE != "cuda" or BACKEND not in ("triton", "cuda"),
+    reason="needs CITI_TEST_DEVICE=cuda and CITI_BACKEND=triton or cuda",
 )
 SEED = torch.tensor(7, device="cpu")
 OPTIONS = {
@@ -21,6 +21,7 @@ OPTIONS = {
     "top_k": {"top_k": 2},
     "dropout": {"dropout_p": 0.3, "dropout_seed": SEED},
     "decode": {"num_tokens": 8},
+    "long": {"num_tokens": 4096},
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -44,6 +45,41 @@ def test_case_2_rows_beyond_two_to_the_31_elements_equal_a_small_run() -> None:
         y, _ = molora_linear(x, *case.operands[1:], **case.options)
         tail, _ = molora_linear(x[-256:], *case.operands[1:], **case.options)
     torch.testing.assert_close(y[-256:], tail, rtol=2e-2, atol=2e-2)
+
+
+WIDE = {
+    "dense": {},
+    "fp16": {"dtype": torch.float16},
+    "fp32_adapters": {"parameter_dtype": torch.float32},
+    "dropout": {"dropout_p": 0.3, "dropout_seed": SEED},
+    "no_bias": {"bias": False},
+    "no_segments": {"num_segments": None},
+    "rank_1": {"r": 1},
+    "rank_96": {"num_experts": 6, "r": 16},
+    "top_k": {"top_k": 2},
+}
+
+
+@pytest.mark.parametrize("options", WIDE.values(), ids=WIDE)
+def test_enough_tokens_for_every_kernel_hold_the_accuracy_rule(options: dict) -> None:
+    case = random_case(2100, 1032, 1544, **{"dtype": torch.bfloat16, "device": "cuda"} | options)
+    with poisoned_memory():
+        check_molora_linear(molora_linear, case)
+
+
+def test_memory_taken_right_after_a_backward_reaches_no_gradient() -> None:
+    case = random_case(8192, 2048, 2048, dtype=torch.bfloat16, device="cuda")
+    expected = evaluate(molora_linear, case)
+    for _ in range(50):
+        results = evaluate(molora_linear, case)
+        # of every size that a backward works with
+        poison = [
+            torch.full((2**power,), float("nan"), device="cuda")
+            for power in range(10, 27)
+            for _ in "ab"
+        ]
+        del poison
+        assert_same(results, expected)
 
 
 @each_option

@@ -15,11 +15,11 @@ from citi_kernels.ops.importance_reference import parameter_scores_ref, row_dots
 from citi_kernels.ops.importance_row_dots import accumulate_row_dots_
 from citi_kernels.testing import assert_accurate
 from importance_inputs import every_third_is_padding
-from under_test import BACKEND
+from under_test import BACKEND, DEVICE
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or BACKEND != "triton",
-    reason="needs a GPU and CITI_BACKEND=triton",
+    DEVICE != "cuda" or BACKEND not in ("triton", "cuda"),
+    reason="needs CITI_TEST_DEVICE=cuda and CITI_BACKEND=triton or cuda",
 )
 T, N, K = 512, 1024, 768
 SHAPES = {
