@@ -110,6 +110,31 @@ std::string Invalid(const RankShape& shape) {
   return problem;
 }
 
+std::string Invalid(const PackArguments& s) {
+  std::string problem = First({InvalidCount("num_rows", s.num_rows, kMaxSize),
+                               InvalidCount("num_columns", s.num_columns, kMaxSize),
+                               InvalidCount("sources", static_cast<int64_t>(s.sources.size()), 2)});
+  if (problem.empty() && s.num_columns % 8 != 0) problem = "num_columns: must be a multiple of 8";
+  if (!problem.empty()) return problem;
+  if (!Is16Bit(s.out.dtype)) return "out: dtype must be bf16 or fp16";
+  problem = InvalidTensor("out", s.out, s.out.dtype, {s.num_rows, s.num_columns});
+  std::vector<Named> tensors = {{"out", s.out}};
+  for (const PackedMatrix& each : s.sources) {
+    if (!problem.empty()) return problem;
+    if (each.matrix.dtype != DType::kFloat32 && !Is16Bit(each.matrix.dtype)) {
+      return "sources: dtype must be fp32, bf16 or fp16";
+    }
+    if (each.first_row < 0 || each.num_rows < 1 || each.num_columns < 1 ||
+        each.first_row > s.num_rows || each.num_rows > s.num_rows - each.first_row ||
+        each.num_columns > s.num_columns) {
+      return "sources: must lie within the rows and columns of out";
+    }
+    problem = InvalidMatrix("sources", each.matrix, each.num_rows, each.num_columns);
+    tensors.push_back({"sources", AsBytes(each.matrix, each.num_rows, each.num_columns)});
+  }
+  return problem.empty() ? InvalidOverlap(tensors, 1) : problem;
+}
+
 std::string Invalid(const ShrinkArguments& s, int64_t num_splits) {
   std::string problem = First({Invalid(s.shape), InvalidCount("num_inputs", s.num_inputs, kMaxSize),
                                InvalidDropout(s.dropout)});

@@ -34,6 +34,20 @@ struct RankShape {
   int64_t num_rows() const { return padded_ranks() + padded_gates(); }
 };
 
+// A matrix that becomes rows of a larger one.
+struct PackedMatrix {
+  Matrix matrix;  // (rows, columns), any strides; fp32, bf16 or fp16
+  int64_t first_row, num_rows, num_columns;
+};
+
+// out = the sources, each from its first row and column 0 on, rounded to out's dtype; zeros
+// elsewhere.
+struct PackArguments {
+  int64_t num_rows, num_columns;  // columns a multiple of 8
+  std::vector<PackedMatrix> sources;
+  Vector out;  // (rows, columns)
+};
+
 // gate = softmax(router x), h = a x, u = scaling · h ⊙ repeat(gate[1:], r).
 struct ShrinkArguments {
   RankShape shape;
@@ -131,6 +145,7 @@ struct NonFiniteArguments {
 
 // What is wrong with the arguments, naming the first one, or "". Counts of parts are the plan's.
 std::string Invalid(const RankShape& shape);
+std::string Invalid(const PackArguments& arguments);
 std::string Invalid(const ShrinkArguments& arguments, int64_t num_splits);
 std::string Invalid(const RowProductArguments& arguments, int64_t num_splits);
 std::string Invalid(const FactorArguments& arguments, int64_t num_tiles, int64_t num_shares);

@@ -201,8 +201,7 @@ def _gradients_beside(
 ) -> Factors:
     """dx from one GEMM with a longer K; the other gradients beside it, on a second stream."""
     beside, aligned_TN = Beside(dy_TN.device), skinny.aligned(dy_TN)
-    rounded_NR = _rounded(operands.b, aligned_TN)
-    du_CTP = skinny.row_products(aligned_TN, _as_rows(rounded_NR, sizes))
+    du_CTP = skinny.row_products(aligned_TN, _as_rows(operands.b, aligned_TN, sizes))
     dz_TZ = skinny.rank_gradients(du_CTP, saved.h, saved.probs, dgate_TG, sizes, settings)
     stack_ZK = skinny.stack(operands.a, operands.router, sizes, dz_TZ.dtype)
     db_NR = None
@@ -251,14 +250,15 @@ def _up_gradients(
     if dy_TN is None or b_NR.shape[0] == 0:
         return torch.zeros_like(b_NR) if needs.b else None, None
     dy_TN = skinny.aligned(dy_TN)
-    rounded_NR, db_NR, du_CTP = _rounded(b_NR, dy_TN), None, None
+    db_NR, du_CTP = None, None
     if needs.b:
         u_TP = skinny.scaled_ranks(saved.h, saved.probs, sizes, settings)
         is_shared = sizes.P <= skinny.MAX_RANK_OF_ONE_PASS and _needs_rank(needs)
-        parts_CNP, du_CTP = skinny.factor_gradients(dy_TN, u_TP, rounded_NR if is_shared else None)
+        rounded_NR = _rounded(b_NR, dy_TN) if is_shared else None
+        parts_CNP, du_CTP = skinny.factor_gradients(dy_TN, u_TP, rounded_NR)
         db_NR = _sum_up(parts_CNP, b_NR, sizes)
     if du_CTP is None and _needs_rank(needs):
-        du_CTP = skinny.row_products(dy_TN, _as_rows(rounded_NR, sizes))
+        du_CTP = skinny.row_products(dy_TN, _as_rows(b_NR, dy_TN, sizes))
     return db_NR, du_CTP
 
 
@@ -269,10 +269,9 @@ def _rounded(b_NR: Tensor, dy_TN: Tensor) -> Tensor:
     return F.pad(rounded_NR, (0, 0, 0, missing)) if missing else rounded_NR
 
 
-def _as_rows(b_NR: Tensor, sizes: skinny.Sizes) -> Tensor:
-    """bᵀ (P, N), contiguous, with rows of zeros from R on."""
-    missing = sizes.P - sizes.R
-    return (F.pad(b_NR.T, (0, 0, 0, missing)) if missing else b_NR.T).contiguous()
+def _as_rows(b_NR: Tensor, dy_TN: Tensor, sizes: skinny.Sizes) -> Tensor:
+    """bᵀ (P, N) in dy's dtype, with zeros from R on and where dy was given columns."""
+    return skinny.packed((sizes.P, dy_TN.shape[1]), dy_TN.dtype, (b_NR.T, 0))
 
 
 def _sum_up(
@@ -321,7 +320,10 @@ def _input_gradient(
     settings: Settings,
 ) -> Tensor:
     """dx = dy weight + dh a + dlogits router; dropout lies over the second term alone."""
-    a_RK, K = operands.a.to(dz_TZ.dtype), operands.a.shape[1]
+    a_RK, K = operands.a, operands.a.shape[1]
+    if settings.is_sparse:
+        # NaN and inf are those of the rounded numbers
+        a_RK = a_RK.to(dz_TZ.dtype)
     stack_ZK = skinny.stack(_finite(a_RK, settings), operands.router, sizes, dz_TZ.dtype)
     has_base = dy_TN is not None and operands.weight is not None
     has_dropout = settings.dropout_p > 0

@@ -24,6 +24,7 @@ from citi_kernels.ops.side_stream import Beside
 
 # beyond it the parts of du that one pass over dy leaves are as large as dy
 MAX_RANK_OF_ONE_PASS = 32
+_PACKED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Sizes(NamedTuple):
@@ -77,11 +78,27 @@ def aligned(x_TM: Tensor) -> Tensor:
 
 def stack(a_RK: Tensor, router_GK: Tensor, sizes: Sizes, dtype: torch.dtype) -> Tensor:
     """[a; router] (Z, K rounded up to 8) in `dtype`, each padded with rows of zeros."""
-    K = a_RK.shape[1]
-    stack_ZK = a_RK.new_zeros(sizes.Z, padded(K), dtype=dtype)
-    stack_ZK[: sizes.R, :K] = a_RK
-    stack_ZK[sizes.P : sizes.P + sizes.G, :K] = router_GK
-    return stack_ZK
+    return packed((sizes.Z, padded(a_RK.shape[1])), dtype, (a_RK, 0), (router_GK, sizes.P))
+
+
+def packed(shape: tuple[int, int], dtype: torch.dtype, *sources: tuple[Tensor, int]) -> Tensor:
+    """Up to two matrices, each from a row on, in `dtype` and contiguous, with zeros elsewhere.
+
+    shape: its second entry a multiple of 8. One launch, whatever the strides and dtypes.
+    """
+    numbers = []
+    # what else a parameter can be is rounded first; this name keeps that until the launch
+    matrices = [each if each.dtype in _PACKED else each.to(dtype) for each, _ in sources]
+    out = matrices[0].new_empty(shape, dtype=dtype)
+    for each, (_, first_row) in zip(matrices, sources, strict=True):
+        numbers.append((compiled.matrix(each), first_row, *each.shape))
+    compiled.extension().pack_rows_cuda(
+        shape=shape,
+        sources=numbers,
+        out=compiled.vector(out),
+        **compiled.launch_place(out),
+    )
+    return out
 
 
 def shrink_route(

@@ -16,6 +16,8 @@ using RankShapeNumbers = std::tuple<int64_t, int64_t, int64_t>;
 // seed_low, seed_high, threshold, inverse_keep
 using DropoutNumbers = std::tuple<uint32_t, uint32_t, uint32_t, float>;
 using OptionalVector = std::optional<VectorNumbers>;
+// matrix, first_row, num_rows, num_columns
+using PackedNumbers = std::tuple<MatrixNumbers, int64_t, int64_t, int64_t>;
 // out, first, count, is_transposed
 using SumOutputNumbers = std::tuple<VectorNumbers, int64_t, int64_t, bool>;
 
@@ -180,6 +182,17 @@ void RunAddNonFinite(const RankShapeNumbers& shape, int64_t num_columns, const V
   Run(arguments, Invalid(arguments), device, stream, AddNonFiniteCuda);
 }
 
+void RunPackRows(const std::tuple<int64_t, int64_t>& shape,
+                 const std::vector<PackedNumbers>& sources, const VectorNumbers& out,
+                 int32_t device, uintptr_t stream) {
+  const auto& [num_rows, num_columns] = shape;
+  PackArguments arguments{num_rows, num_columns, {}, AsVector("out", out)};
+  for (const auto& [matrix, first_row, rows, columns] : sources) {
+    arguments.sources.push_back({AsMatrix("sources", matrix), first_row, rows, columns});
+  }
+  Run(arguments, Invalid(arguments), device, stream, PackRowsCuda);
+}
+
 template <class Function, class... Names>
 void Define(py::module_& module, const char* name, Function function, Names... names) {
   module.def(name, function, py::kw_only(), Strictly(names)..., Strictly("device"),
@@ -192,6 +205,7 @@ void BindSkinny(py::module_& module) {
   module.def("shrink_cuda_splits", CheckedSplits, Strictly("num_tokens"), Strictly("num_inputs"));
   module.def("factor_gradients_cuda_parts", CheckedParts, Strictly("num_tokens"),
              Strictly("num_columns"), Strictly("num_narrow"), Strictly("gives_ranks"));
+  Define(module, "pack_rows_cuda", RunPackRows, "shape", "sources", "out");
   Define(module, "shrink_cuda", RunShrink, "shape", "num_inputs", "x", "stack", "h", "u", "probs",
          "parts", "top_k", "renormalizes", "scaling", "dropout");
   Define(module, "row_product_cuda", RunRowProduct, "shape", "wide", "rows", "parts");

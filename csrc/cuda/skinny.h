@@ -21,6 +21,8 @@ FactorParts FactorCudaParts(int64_t num_tokens, int64_t num_columns, int64_t num
 
 // Each writes which argument does not lie on this device to *problem, or leaves it and launches on
 // this stream; valid arguments (`Invalid`).
+cudaError_t PackRowsCuda(const PackArguments& arguments, int device, cudaStream_t stream,
+                         std::string* problem);
 cudaError_t ShrinkCuda(const ShrinkArguments& arguments, int device, cudaStream_t stream,
                        std::string* problem);
 cudaError_t RowProductCuda(const RowProductArguments& arguments, int device, cudaStream_t stream,

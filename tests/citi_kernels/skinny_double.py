@@ -47,6 +47,13 @@ class SkinnyDouble:
             return NUM_PARTS, NUM_PARTS
         return self._checks.factor_gradients_cuda_parts(**sizes)
 
+    def pack_rows_cuda(self, **arguments: Any) -> None:
+        call = self._begin("pack_rows_cuda", arguments)
+        out = call.vector("out", *call.shape).zero_()
+        for (address, _, dtype, *strides), first, rows, columns in call.sources:
+            source = _tensor(address, dtype, (rows, columns), tuple(strides))
+            out[first : first + rows, :columns] = source
+
     def shrink_cuda(self, **arguments: Any) -> None:
         call = self._begin("shrink_cuda", arguments)
         (T, E, r), K = call.shape, call.num_inputs

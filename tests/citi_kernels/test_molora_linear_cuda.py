@@ -154,6 +154,18 @@ def test_aligned_rows_are_taken_as_they_lie_and_others_are_copied(
     assert torch.equal(rows_TK, x_TK)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *DTYPES.values()])
+def test_matrices_are_packed_whatever_their_strides_and_dtypes(
+    double: SkinnyDouble, dtype: torch.dtype
+) -> None:
+    first, second = torch.randn(5, 11).to(dtype), torch.randn(11, 3).to(torch.bfloat16)
+    out = skinny_cuda.packed((16, 24), torch.bfloat16, (first, 0), (second.T, 8))
+    expected = torch.zeros(16, 24, dtype=torch.bfloat16)
+    expected[:5, :11], expected[8:11, :11] = first, second.T
+    assert torch.equal(out, expected)
+    assert double.calls["pack_rows_cuda"] == 1
+
+
 def test_rows_are_padded_with_zeros_to_a_multiple_of_eight() -> None:
     x_TK = torch.ones(3, 11, dtype=torch.float16)
     rows_TK = skinny_cuda.aligned(x_TK)
@@ -391,7 +403,8 @@ def test_gradients_of_factors_run_beside_the_gemm_and_begin_after_it_was_launche
     backward = extended[extended.index("row_product_cuda") :]
     fork = ["main records"] if after else []
     join = [*after[:-1], "side records", after[-1]] if after else []
-    assert backward == ["row_product_cuda", "rank_gradients_cuda", *fork, "dx", *join]
+    rank_space = ["row_product_cuda", "rank_gradients_cuda", "pack_rows_cuda"]
+    assert backward == [*rank_space, *fork, "dx", *join]
 
 
 def test_without_a_gradient_of_x_nothing_runs_beside(extended: list[str]) -> None:

@@ -43,6 +43,11 @@ def arguments_of(extension: ModuleType, name: str) -> dict:
     return (
         PLACE
         | {
+            "pack_rows_cuda": lambda: {
+                "shape": (Z, K),
+                "sources": [(matrix(R, K), 0, R, K), (matrix(G, K), P, G, K)],
+                "out": vector(Z, K),
+            },
             "shrink_cuda": lambda: {
                 "shape": (T, E, R // E),
                 "num_inputs": K,
@@ -119,6 +124,7 @@ def arguments_of(extension: ModuleType, name: str) -> dict:
 
 
 FUNCTIONS = (
+    "pack_rows_cuda",
     "shrink_cuda",
     "row_product_cuda",
     "factor_gradients_cuda",
@@ -299,6 +305,30 @@ def test_an_output_that_overlaps_an_input_or_is_misaligned_is_refused(
         address, *rest = arguments[output]
         with pytest.raises(ValueError, match=f"^{output}: (data|rows) must be aligned"):
             call(**(arguments | {output: (address + 1, *rest)}))
+
+
+def test_what_is_packed_stays_within_it_and_apart(cuda_extension: ModuleType) -> None:
+    arguments = arguments_of(cuda_extension, "pack_rows_cuda")
+    source, out = arguments["sources"][0][0], arguments["out"]
+    inside = (*out[:3], K, 1)
+    for wrong, message in (
+        ({"sources": [(source, P, R, K)]}, "sources: must lie within"),
+        ({"sources": [(source, -1, R, K)]}, "sources: must lie within"),
+        ({"sources": [(source, 0, 0, K)]}, "sources: must lie within"),
+        ({"sources": [(source, 0, R, K + 8)]}, "sources: must lie within"),
+        ({"sources": [(source, 0, R + 1, K)]}, "sources: shape and strides"),
+        ({"sources": [(source, 0, R, K)] * 3}, "sources: must be in"),
+        ({"sources": []}, "sources: must be in"),
+        ({"sources": [((*source[:2], 3, *source[3:]), 0, R, K)]}, "sources: dtype must be fp32"),
+        ({"sources": [(inside, 0, R, K)]}, "out: must not overlap sources"),
+        ({"shape": (Z, K + 4)}, "num_columns: must be a multiple of 8"),
+        ({"shape": (0, K)}, "num_rows: must be in"),
+        ({"shape": (Z + 8, K)}, "out: must have 2048 entries"),
+        ({"out": (out[0] + 2, *out[1:])}, "out: data must be aligned"),
+        ({"out": (*out[:2], 0, out[3])}, "out: dtype must be bf16 or fp16"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            cuda_extension.pack_rows_cuda(**(arguments | wrong))
 
 
 def test_columns_of_a_sum_stay_within_it_and_apart(cuda_extension: ModuleType) -> None:

@@ -8,6 +8,7 @@
 #include "cuda/rank_gradients_plan.h"
 #include "cuda/input_update_plan.h"
 #include "cuda/non_finite_plan.h"
+#include "cuda/pack_plan.h"
 // clang-format on
 #include "skinny_cases.h"
 
@@ -417,6 +418,37 @@ void CheckNonFinite(bool is_transposed, const std::optional<Dropout>& dropout) {
   }
 }
 
+// Two sources of their own dtypes, the second one transposed; the rest of the rows is zero.
+template <class Element, class First, class Second>
+void CheckPack(int64_t num_columns, int64_t num_zeros) {
+  const int64_t gap = 2, out_columns = (num_columns + 7) / 8 * 8 + num_zeros;
+  Table<First> first(5, num_columns, 3);
+  Table<Second> second(num_columns, 4);
+  Table<Element> out(5 + gap + 4 + 1, out_columns);
+  first.Fill(21, 0.3), second.Fill(22, 0.7);
+  first(1, 2) = Rounded<First>(std::nanf("")), second(2, 1) = Rounded<Second>(INFINITY);
+  Matrix transposed = second.AsMatrix();
+  std::swap(transposed.row_stride, transposed.column_stride);
+  const PackArguments arguments{
+      out.rows,
+      out_columns,
+      {{first.AsMatrix(), 0, 5, num_columns}, {transposed, 5 + gap, 4, num_columns}},
+      out.AsVector()};
+  CHECK(Invalid(arguments).empty(), Invalid(arguments));
+  const PackPlan plan = PlanPack(arguments);
+  simt::Launch(plan.num_blocks, kPackThreads, PackRows<Element>, plan.launch);
+  for (int64_t r = 0; r < out.rows; ++r) {
+    for (int64_t c = 0; c < out_columns; ++c) {
+      float truth = 0.0f;
+      if (c < num_columns && r < 5) truth = ToFloat(first(r, c));
+      if (c < num_columns && r >= 5 + gap && r < 9 + gap) truth = ToFloat(second(c, r - 5 - gap));
+      const bool is_same = std::isnan(truth) ? std::isnan(out.Get(r, c))
+                                             : SameBits(out(r, c), Rounded<Element>(truth));
+      CHECK(is_same, "another entry of what was packed");
+    }
+  }
+}
+
 void CheckPlans() {
   for (const int64_t num_tokens : {1, 63, 64, 512, 2048, 8192, 1 << 20}) {
     for (const int64_t size : {8, 576, 4096, 14336}) {
@@ -458,6 +490,9 @@ int main() {
   CheckInputUpdate<BFloat16>({70, 4, 10}, 136, true);
   CheckInputUpdate<Float16>({5, 3, 8}, 24, false);
   CheckInputUpdate<BFloat16>({2, 63, 2}, 8, true);
+  CheckPack<BFloat16, BFloat16, BFloat16>(24, 0);
+  CheckPack<Float16, float, Float16>(1029, 8);
+  CheckPack<BFloat16, Float16, float>(3, 0);
   CheckNonFinite<BFloat16>(false, {});
   CheckNonFinite<Float16>(true, kHalf);
   return Report();
