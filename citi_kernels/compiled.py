@@ -76,8 +76,9 @@ def indices(tensor: Tensor) -> tuple[int, int, int]:
 
 def launch_place(tensor: Tensor) -> dict[str, int]:
     """Where a CUDA kernel of `_C` on this tensor runs: its device, on PyTorch's current stream."""
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    return {"device": tensor.device.index, "stream": stream}
+    device = tensor.device.index
+    # the handle alone: a torch.cuda.Stream would be made for every launch
+    return {"device": device, "stream": torch._C._cuda_getCurrentRawStream(device)}
 
 
 def description() -> str:
