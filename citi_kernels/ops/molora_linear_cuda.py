@@ -151,7 +151,11 @@ def _routed(
     """y (T, N), h (T, R) and probs (T, G)."""
     x_TK, weight_NK, bias_N, a_RK, b_NR, router_GK = operands
     stack_ZK = skinny.stack(a_RK, router_GK, sizes, x_TK.dtype)
-    h_TR, u_TP, probs_TG = skinny.shrink_route(skinny.aligned(x_TK), stack_ZK, sizes, settings)
+    aligned_TK = skinny.aligned(x_TK)
+    h_TR, u_TP, probs_TG = skinny.shrink_route(aligned_TK, stack_ZK, sizes, settings)
+    if aligned_TK.shape == x_TK.shape:
+        # a copy where x lay otherwise: the choice of a GEMM must not depend on that
+        x_TK = aligned_TK
     u_TR, b_NR = u_TP[:, : sizes.R], b_NR.to(x_TK.dtype)
     if _takes_extended(x_TK, weight_NK, settings, bias_N):
         b_NR = extended_gemm_cuda.aligned_rows(b_NR)

@@ -354,6 +354,19 @@ def test_the_base_and_the_update_are_one_product(
     assert (extended.count("y"), extended.count("dx")) == (1, 0)
 
 
+def test_the_choice_of_a_product_does_not_depend_on_where_x_lies(
+    extended: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        extended_gemm_cuda, "why_not", lambda left, *rest: extended_gemm_cuda._misaligned(left)
+    )
+    case = random_case(9, 24, 16, dtype=torch.bfloat16)
+    for gap in (0, 3, 8):
+        extended.clear()
+        evaluate(molora_linear, replace(case, x=rows_apart(case.x, gap)))
+        assert (extended.count("y"), extended.count("dx")) == (1, 1)
+
+
 @pytest.mark.parametrize("r", [1, 8, 12])
 def test_every_subset_of_gradients_with_the_extended_gemm_is_the_same_to_rounding(
     extended: list[str], r: int
