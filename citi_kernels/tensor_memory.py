@@ -30,7 +30,7 @@ class TensorMemory:
 
     The block runs under PyTorch's profiler, which slows it down and cannot be nested: measure time
     apart. CUDA: `peak` comes from the caching allocator's own statistics, whose running maximum is
-    reset, and sizes are rounded up as it does. Not yet run on a GPU.
+    reset, and sizes are rounded up as it does.
 
     Args:
         device: "cpu" or a CUDA device; allocations elsewhere are not counted.

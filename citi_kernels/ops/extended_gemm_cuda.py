@@ -60,7 +60,7 @@ def why_not(
             return f"{reason}, got shape {tuple(each.shape)}, strides {each.stride()}"
     if bias_N is not None and (not bias_N.is_contiguous() or bias_N.data_ptr() % 4 != 0):
         return "bias must be contiguous and aligned to 4 bytes"
-    return _why_not_on(left.device)
+    return why_not_on(left.device)
 
 
 def extended_linear(
@@ -143,7 +143,8 @@ def _misaligned(matrix: Tensor) -> str | None:
     return None
 
 
-def _why_not_on(device: torch.device) -> str | None:
+def why_not_on(device: torch.device) -> str | None:
+    """Why no GEMM of these can run on this device, or None."""
     if device.type != "cuda":
         return f"it runs on a GPU of compute capability 9.0, got {device}"
     if reason := compiled.why_missing("cuda"):

@@ -9,10 +9,12 @@ segments; they are ours.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from citi_kernels import backends
 from citi_kernels.ops import (
@@ -25,6 +27,11 @@ from citi_kernels.ops import (
 from citi_kernels.ops.molora_linear_checks import check, check_values, flat_segment_ids
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
 from citi_kernels.ops.molora_linear_reference import gate_dtype, molora_linear_ref
+
+# asked once: torch.compile of PyTorch 2.11 cannot trace the question
+_AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
 
 backends.register("molora_linear", "reference", molora_linear_reference)
 backends.register("molora_linear", "torch", molora_linear_torch)
@@ -104,12 +111,17 @@ def molora_linear(
     if segment_ids is not None:
         segment_ids = flat_segment_ids(segment_ids, shape, x_TK.shape[0])
     operands = (x_TK, weight, bias, a, b, router)
-    backend = backends.choose("molora_linear", x_TK)
+    is_plain = dropout_p == 0 and (top_k is None or top_k == num_experts)
+    first = "cuda" if is_plain and molora_linear_cuda.is_fastest(x_TK) else None
+    backend = backends.choose("molora_linear", x_TK, first=first)
     scaling, count = float(scaling), num_segments or 0
     rest = (num_experts, scaling, top_k, renormalize, segment_ids, count, dropout_p, dropout_seed)
     if backend == "reference":
         return _reference(operands, Settings(*rest), shape)
-    y_TN, _, _, _, gate_sums_BG = _molora_linear(*operands, *rest, backend)
+    if is_plain_eager(x_TK, weight, bias, a, b, router):
+        y_TN, gate_sums_BG = _EagerMoLoRALinear.apply(*operands, *rest, backend)
+    else:
+        y_TN, _, _, _, gate_sums_BG = _molora_linear(*operands, *rest, backend)
     y = y_TN.reshape(*shape[:-1], y_TN.shape[1])
     return y, None if segment_ids is None else gate_sums_BG
 
@@ -134,8 +146,7 @@ def _reference(
     return y_TN.reshape(*shape[:-1], y_TN.shape[1]), gate_sums_BG
 
 
-@torch.library.custom_op("citi::molora_linear", mutates_args=())
-def _molora_linear(
+def _run_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -177,6 +188,9 @@ def _molora_linear(
     return y_TN, *_as_outputs(saved), gate_sums_BG
 
 
+_molora_linear = torch.library.custom_op("citi::molora_linear", _run_forward, mutates_args=())
+
+
 def _as_outputs(saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     kept = saved.h.new_empty(0, dtype=torch.bool) if saved.kept is None else saved.kept
     return saved.h, saved.probs, kept
@@ -203,8 +217,7 @@ def _(
     return x.new_empty(x.shape[0], b.shape[0]), *_as_outputs(saved), gate_sums
 
 
-@torch.library.custom_op("citi::molora_linear_backward", mutates_args=())
-def _molora_linear_backward(
+def _run_backward(
     dy: Tensor | None,
     dgate_sums: Tensor | None,
     x: Tensor | None,
@@ -251,6 +264,11 @@ def _molora_linear_backward(
     )
 
 
+_molora_linear_backward = torch.library.custom_op(
+    "citi::molora_linear_backward", _run_backward, mutates_args=()
+)
+
+
 @_molora_linear_backward.register_fake
 def _(
     dy: Tensor | None,
@@ -275,9 +293,13 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, a, b, router, *rest = inputs
     _, h, probs, kept, _ = output
     ctx.mark_non_differentiable(h, probs, kept)
+    _keep(ctx, inputs, h, probs, kept)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], h: Tensor, probs: Tensor, kept: Tensor) -> None:
+    x, weight, _, a, b, router, *rest = inputs
     ctx.set_materialize_grads(False)
     needs = Needs(*ctx.needs_input_grad[:6])
     x_if_needed = x if needs.weight or needs.a or needs.router else None
@@ -291,11 +313,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, dy: Tensor | None, _h: None, _probs: None, _kept: None, dgate_sums: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, dy, dgate_sums, _molora_linear_backward)
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, dgate_sums: Tensor | None, run: Callable
+) -> tuple[Tensor | None, ...]:
     has_segments = ctx.rest[4] is not None
     needs = Needs(*ctx.needs_input_grad[:6])
     if dy is None:
         needs = needs._replace(weight=False, bias=False, a=False, b=False)
-    gradients = _molora_linear_backward(
+    gradients = run(
         dy,
         dgate_sums if has_segments else None,
         *ctx.saved_tensors,
@@ -310,9 +338,37 @@ def _backward(
 _molora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _EagerMoLoRALinear(torch.autograd.Function):
+    """The op without PyTorch's dispatch of custom ops, which takes longer than a small layer."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        y_TN, h, probs, kept, gate_sums_BG = _run_forward(*inputs)
+        _keep(ctx, inputs, h, probs, kept)
+        return y_TN, gate_sums_BG
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: Tensor | None, dgate_sums: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, dy, dgate_sums, _run_backward)
+
+
+def is_plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd looks on: no compiler, mode, transform or tensor subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and tensors[0].device.type != "meta"
+        and all(each is None or type(each) in (Tensor, nn.Parameter) for each in tensors)
+    )
+
+
 def autocast_is_on(x: Tensor) -> bool:
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return kind in _AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
 
 
 def as_autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -62,6 +62,27 @@ def refuses(x: Tensor) -> str | None:
     return None
 
 
+def is_fastest(x_TK: Tensor) -> bool:
+    """Whether this backend was faster than Triton on such an x: where it has the extended GEMM.
+
+    Without dropout, with every expert kept. Measured on an H100, bf16, forward and backward: 0.94
+    of Triton's time at 8192 x 4096 x 4096, 0.93 at 4096 -> 14336, 0.97 at 2048 tokens.
+    """
+    return (
+        x_TK.device.type == "cuda"
+        and x_TK.dtype in (torch.bfloat16, torch.float16)
+        and x_TK.shape[0] >= MIN_EXTENDED_TOKENS
+        and _has_extended_gemm(x_TK.device.index or 0)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _has_extended_gemm(device_index: int) -> bool:
+    if not environment.EXTENDED_GEMM:
+        return False
+    return extended_gemm_cuda.why_not_on(torch.device("cuda", device_index)) is None
+
+
 def path(num_tokens: int, a_RK: Tensor, dtype: torch.dtype, settings: Settings) -> str:
     """Which of "dense", "grouped" and "library", for x of `dtype`."""
     R, K = a_RK.shape

@@ -12,9 +12,13 @@ percent of the layer's, and passes decide.
 
 Dense, 8 launches forward and backward:
 
-    forward   shrink and route; base product; expand in place, with the gate sums
-    backward  up gradients; rank gradients; down gradients; base product; input gradient in place,
-              with the second stage of db, da and drouter
+    forward   shrink and route; expand, with the gate sums; base product added in place
+    backward  up gradients; rank gradients; down gradients; input gradient, with the second stage
+              of db, da and drouter; base product added in place
+
+The update comes first because cuBLAS adds to what lies there for 2 % of its time, where an update
+after it reads and writes y once more: 385 against 410 us at 8192 x 4096 x 4096 on an H100. With a
+bias, which cuBLAS adds only instead, the update comes after.
 
 Gradients that are not asked for are not computed: with the router alone trained, du is computed
 inside rank gradients; with the adapter frozen, the pass over x does not run.
@@ -126,12 +130,13 @@ def _expand(
     if way == "extended":
         y_TN = extended_linear(x_TK, weight_NK, bias_N, h_TR, probs_TG, b_NR, settings)
         return y_TN, saved, _sum_gates(probs_TG, settings)
-    has_base = weight_NK is not None
-    if has_base:
+    if bias_N is not None:
         y_TN = F.linear(x_TK, weight_NK, bias_N)
-    else:
-        y_TN = x_TK.new_empty(x_TK.shape[0], b_NR.shape[0])
-    gate_sums_BG = expand_(y_TN, h_TR, probs_TG, b_NR, settings, has_base=has_base)
+        return y_TN, saved, expand_(y_TN, h_TR, probs_TG, b_NR, settings, has_base=True)
+    y_TN = x_TK.new_empty(x_TK.shape[0], b_NR.shape[0])
+    gate_sums_BG = expand_(y_TN, h_TR, probs_TG, b_NR, settings, has_base=False)
+    if weight_NK is not None:
+        y_TN.addmm_(x_TK, weight_NK.T)
     return y_TN, saved, gate_sums_BG
 
 
@@ -275,10 +280,6 @@ def _input_gradient(
             dx_TK = extended_input_gradient(
                 dy_TN, weight_NK, *ranks_L[0][:1], a_RK, ranks_L[0][1], router_GK, settings_L[0]
             )
-        elif based:
-            dx_TK = based[0][0] @ based[0][1].weight
-            for dy_TN, operands in based[1:]:
-                dx_TK.addmm_(dy_TN, operands.weight)
         else:
             dx_TK = dh_LTR[0].new_empty(dh_LTR[0].shape[0], operands_L[0].a.shape[1])
     if not is_complete or sums:
@@ -291,8 +292,10 @@ def _input_gradient(
             [each.probs for each in saved_L],
             sums,
             settings_L,
-            has_base=bool(based),
         )
+    if needs_x and not is_complete:
+        for dy_TN, operands in based:
+            dx_TK.addmm_(dy_TN, operands.weight)
     return dx_TK
 
 

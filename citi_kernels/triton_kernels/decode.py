@@ -25,7 +25,7 @@ from torch import Tensor
 
 from citi_kernels.ops.molora_linear_contract import Operands, Settings
 from citi_kernels.triton_kernels.dropout import DROPOUT_ARGUMENTS, dropout_of
-from citi_kernels.triton_kernels.language import cast, dot, keeps_input
+from citi_kernels.triton_kernels.language import cast, dot, exp, keeps_input
 from citi_kernels.triton_kernels.launch import Meta, block_of, launch, num_multiprocessors
 
 MAX_TOKENS = 64
@@ -195,10 +195,12 @@ def _finish_kernel(
     logits = _sum_splits(logits_ptr, t, g, in_TG, T, Z, NUM_SPLITS)
     logits = tl.where(in_G[None, :], logits, float("-inf"))
     largest = tl.max(logits, axis=1)
-    exps = tl.exp(logits - largest[:, None])
+    exps = exp(logits - largest[:, None])
     total = tl.sum(exps, axis=1)
     if tile == 0:
-        tl.store(probs_ptr + t[:, None] * G + g[None, :], exps / total[:, None], mask=in_TG)
+        tl.store(
+            probs_ptr + t[:, None] * G + g[None, :], tl.div_rn(exps, total[:, None]), mask=in_TG
+        )
     for r0 in range(0, R, BLOCK_R):
         r = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)
         in_R = r < R
@@ -207,7 +209,7 @@ def _finish_kernel(
         h = cast(h, dtype)
         # the logit of a row's expert once more, which needs no exchange between threads
         gate = _sum_splits(logits_ptr, t, 1 + r // rank, in_TR, T, Z, NUM_SPLITS)
-        gate = tl.exp(gate - largest[:, None]) / total[:, None]
+        gate = tl.div_rn(exp(gate - largest[:, None]), total[:, None])
         u = cast(h.to(tl.float32) * (scaling * gate), dtype)
         b = tl.load(
             b_ptr + n[:, None] * R + r[None, :], mask=in_N[:, None] & in_R[None, :], other=0.0

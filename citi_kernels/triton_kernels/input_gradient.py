@@ -1,4 +1,4 @@
-"""Input gradient: dx += sum over layers of dh a + dlogits router, in place; and sums over parts.
+"""Input gradient: the sum over layers of dh a + dlogits router; and sums over parts.
 
 One launch does both: the programs that sum the parts of db, da and drouter come first, each other
 one owns a tile of dx.
@@ -67,7 +67,6 @@ def _input_gradient_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
-    HAS_BASE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     IS_SPARSE: tl.constexpr,
     NUM_SUMS: tl.constexpr,
@@ -114,8 +113,6 @@ def _input_gradient_kernel(
             router = tl.load(router_ptrs[i] + g[:, None] * K + k[None, :], mask=in_GK, other=0.0)
             update = dot(dlogits, cast(router, dh.dtype), update)
         dx_ptrs, in_dx = dx_ptr + t[:, None] * K + k[None, :], in_T[:, None] & in_K[None, :]
-        if HAS_BASE:
-            update += tl.load(dx_ptrs, mask=in_dx, other=0.0).to(tl.float32)
         tl.store(dx_ptrs, cast(update, dx_ptr.dtype.element_ty), mask=in_dx)
 
 
@@ -127,7 +124,6 @@ def launch_meta(
     *,
     num_layers: int,
     num_sums: int,
-    has_base: bool,
 ) -> Meta:
     block_R, block_G = block_of(R), block_of(G)
     is_heavy = block_R + block_G > 64 or dtype == torch.float32
@@ -137,7 +133,6 @@ def launch_meta(
         "BLOCK_R": block_R,
         "BLOCK_G": block_G,
         "BLOCK_SUM": _BLOCK_SUM,
-        "HAS_BASE": has_base,
         "HAS_DROPOUT": settings.dropout_p > 0,
         "IS_SPARSE": settings.is_sparse,
         "NUM_SUMS": num_sums,
@@ -155,10 +150,8 @@ def input_gradient_(
     probs_LTG: Sequence[Tensor],
     sums: Sequence[Parts],
     settings_L: Sequence[Settings],
-    *,
-    has_base: bool,
 ) -> None:
-    """Adds the update to dx in place (without a base: writes it) and fills the `out` of every sum.
+    """Writes the update to dx and fills the `out` of every sum.
 
     dx None: the sums alone. Up to three layers.
     """
@@ -170,7 +163,6 @@ def input_gradient_(
         settings_L[0],
         num_layers=len(dh_LTR),
         num_sums=len(sums),
-        has_base=has_base,
     )
     num_tiles_k = triton.cdiv(K, meta.constants["BLOCK_K"])
     num_tiles = 0 if dx_TK is None else triton.cdiv(T, meta.constants["BLOCK_T"]) * num_tiles_k

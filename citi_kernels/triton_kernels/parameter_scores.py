@@ -56,14 +56,21 @@ def _parameter_scores_kernel(
     GRANULARITY: tl.constexpr,
     HAS_VALID: tl.constexpr,
     IS_PER_TOKEN: tl.constexpr,
+    IS_FP32: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
     tile_n, tile_k = tile_place(tile, num_tiles_n, num_tiles_k, GROUP)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     in_N, in_K = n < N, k < K
+    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for t0 in range(0, T, BLOCK_T):
+        if IS_FP32:
+            # one chain of additions over all tokens would lose the last bits
+            if t0 % 128 == 0:
+                total += acc
+                acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
         t = t0 + tl.arange(0, BLOCK_T).to(tl.int64)
         counts = t < T
         if HAS_VALID:
@@ -77,6 +84,8 @@ def _parameter_scores_kernel(
         if IS_PER_TOKEN:
             g, x = _magnitude(g), _magnitude(x)
         acc = dot(tl.trans(g), x, acc)
+    if IS_FP32:
+        acc += total
     inside = in_N[:, None] & in_K[None, :]
     at_weight = (n * weight_stride_n)[:, None] + (k * weight_stride_k)[None, :]
     weight = tl.load(weight_ptr + at_weight, mask=inside, other=0.0).to(tl.float32)
@@ -156,6 +165,7 @@ def launch_meta(
         "GRANULARITY": granularity,
         "HAS_VALID": has_valid,
         "IS_PER_TOKEN": is_per_token,
+        "IS_FP32": is_fp32,
     }
     return Meta(constants, num_warps=num_warps, num_stages=3)
 

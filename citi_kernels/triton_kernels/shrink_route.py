@@ -19,11 +19,13 @@ from citi_kernels.triton_kernels.dropout import GROUP_DROPOUT_ARGUMENTS, dropout
 from citi_kernels.triton_kernels.language import (
     cast,
     dot,
+    exp,
     keeps_input,
     mark_dropped,
     sortable,
 )
 from citi_kernels.triton_kernels.launch import Meta, block_of, launch
+from citi_kernels.triton_kernels.persistent import capability
 
 
 @triton.jit(do_not_specialize=GROUP_DROPOUT_ARGUMENTS)
@@ -114,19 +116,27 @@ def _gates(logits, g, in_G, top_k, IS_SPARSE: tl.constexpr, RENORMALIZES: tl.con
     masked = tl.where(in_G[None, :], logits, float("-inf"))
     if RENORMALIZES:
         masked = tl.where(dropped, float("-inf"), masked)
-    exps = tl.exp(masked - tl.max(masked, axis=1)[:, None])
-    return mark_dropped(exps / tl.sum(exps, axis=1)[:, None], dropped)
+    exps = exp(masked - tl.max(masked, axis=1)[:, None])
+    return mark_dropped(tl.div_rn(exps, tl.sum(exps, axis=1)[:, None]), dropped)
 
 
 def launch_meta(
-    R: int, G: int, dtype: torch.dtype, settings: Settings, *, num_layers: int = 1
+    R: int,
+    G: int,
+    dtype: torch.dtype,
+    settings: Settings,
+    *,
+    num_layers: int = 1,
+    architecture: int = 80,
 ) -> Meta:
     block_R, block_G = block_of(R), block_of(G)
     is_wide = num_layers * (block_R + block_G) > 160
     is_fp32, has_dropout = dtype == torch.float32, settings.dropout_p > 0
+    # deep blocks: 35 against 41 us for 8192 x 4096 on an H100; others lack the shared memory
+    is_deep = architecture in (90, 100) and num_layers * (block_R + block_G) <= 64
     constants = {
         "BLOCK_T": 32 if is_fp32 else 64,
-        "BLOCK_K": 32 if is_wide or is_fp32 else 64,
+        "BLOCK_K": 32 if is_wide or is_fp32 else 128 if is_deep and not has_dropout else 64,
         "BLOCK_R": block_R,
         "BLOCK_G": block_G,
         "HAS_DROPOUT": has_dropout,
@@ -151,7 +161,14 @@ def shrink_route(
     outputs = [
         (x_TK.new_empty(T, R), x_TK.new_empty(T, G, dtype=torch.float32)) for _ in settings_L
     ]
-    meta = launch_meta(R, G, x_TK.dtype, settings_L[0], num_layers=len(a_LRK))
+    meta = launch_meta(
+        R,
+        G,
+        x_TK.dtype,
+        settings_L[0],
+        num_layers=len(a_LRK),
+        architecture=capability(x_TK.device),
+    )
     arguments = {
         "x_ptr": x_TK,
         "a_ptrs": tuple(a_LRK),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from citi_kernels.ops.molora_linear_contract import Settings
 from citi_kernels.ops.molora_linear_top_k import Routing
-from citi_kernels.triton_kernels.language import cast, dot, sortable
+from citi_kernels.triton_kernels.language import cast, dot, exp, sortable
 from citi_kernels.triton_kernels.launch import Meta, block_of, launch
 from citi_kernels.triton_kernels.sort_slots import sort_slots_
 
@@ -68,9 +68,9 @@ def _top_k_route_kernel(
     else:
         logits = tl.where(in_E[None, :], logits, float("-inf"))
     largest = tl.maximum(tl.max(logits, axis=1), backbone)
-    exps, backbone_exp = tl.exp(logits - largest[:, None]), tl.exp(backbone - largest)
+    exps, backbone_exp = exp(logits - largest[:, None]), exp(backbone - largest)
     total = tl.sum(exps, axis=1) + backbone_exp
-    probs, backbone = exps / total[:, None], backbone_exp / total
+    probs, backbone = tl.div_rn(exps, total[:, None]), tl.div_rn(backbone_exp, total)
 
     row, in_TE = t * (E + 1), in_T[:, None] & in_E[None, :]
     tl.store(probs_ptr + row, backbone, mask=in_T)

@@ -275,11 +275,13 @@ __device__ __forceinline__ void MultiplyOnTensorCores(unsigned char* stage, Elem
   }
 }
 
-// fp32, which tensor cores would round: the same elements by multiplications.
+// fp32, which tensor cores would round: the same elements by multiplications. The sums of a stage
+// are added up first: one chain over all tokens would lose the last bits.
 template <class Tile, bool kIsPerToken>
 __device__ __forceinline__ void MultiplyInFloat(unsigned char* stage, Elements<Tile>& sums) {
   using Step = StepTile<float, Tile>;
   const ThreadPlace<Tile> thread;
+  Elements<Tile> of_stage = {};
   const auto value = [](float read) { return kIsPerToken ? fabsf(read) : read; };
 #pragma unroll 2
   for (int t = 0; t < Step::kTokens; ++t) {
@@ -294,9 +296,17 @@ __device__ __forceinline__ void MultiplyInFloat(unsigned char* stage, Elements<T
       const float g = value(*Step::At(stage, t, thread.first_row() + thread.g + 8 * row));
 #pragma unroll
       for (int j = 0; j < Tile::kBlocksAcross; ++j) {
-        sums[row / 2][j][row % 2 * 2] += g * x[j][0];
-        sums[row / 2][j][row % 2 * 2 + 1] += g * x[j][1];
+        of_stage[row / 2][j][row % 2 * 2] += g * x[j][0];
+        of_stage[row / 2][j][row % 2 * 2 + 1] += g * x[j][1];
       }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kBlocksDown; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kBlocksAcross; ++j) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sums[i][j][k] += of_stage[i][j][k];
     }
   }
 }

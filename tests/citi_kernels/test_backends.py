@@ -246,3 +246,11 @@ def test_choice_is_traced_and_guarded_by_compile() -> None:
             calls.append(compiled(*case.operands, **case.options)[0])
             expected = molora_linear(*case.operands, **case.options)[0]
         assert torch.equal(calls[-1], expected)
+
+
+def test_what_is_known_to_be_faster_is_tried_first_but_only_where_it_runs() -> None:
+    x = torch.ones(2, 2)
+    assert backends.choose("molora_linear", x, first="torch") == "torch"
+    assert backends.choose("molora_linear", x, first="cuda") == backends.choose("molora_linear", x)
+    with use_backend("reference"):
+        assert backends.choose("molora_linear", x, first="torch") == "reference"

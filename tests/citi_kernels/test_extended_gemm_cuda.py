@@ -22,7 +22,7 @@ def _zeros(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every tensor were on an H100 and `_C` built for it."""
-    monkeypatch.setattr(op, "_why_not_on", lambda device: None)
+    monkeypatch.setattr(op, "why_not_on", lambda device: None)
 
 
 @pytest.fixture
@@ -83,17 +83,17 @@ def test_what_can_be_taken_is_not_refused(on_hopper: None) -> None:
 def test_without_a_hopper_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = _zeros(4, 16), _zeros(8, 16)
     monkeypatch.setattr(compiled, "why_missing", lambda backend: "no nvcc" * (backend == "cuda"))
-    assert op._why_not_on(GPU) == "no nvcc"
+    assert op.why_not_on(GPU) == "no nvcc"
     monkeypatch.setattr(compiled, "why_missing", lambda backend: None)
     built = SimpleNamespace(built_with={"cuda_archs": "sm_80 compute_80"})
     monkeypatch.setattr(compiled, "extension", lambda: built)
-    assert "built without sm_90a (sm_80 compute_80)" in op._why_not_on(GPU)
+    assert "built without sm_90a (sm_80 compute_80)" in op.why_not_on(GPU)
     built.built_with["cuda_archs"] = "sm_80 sm_90a"
     assert op.why_not(*matrices) == "it runs on a GPU of compute capability 9.0, got cpu"
     monkeypatch.setattr(op, "_capability_of", lambda index: (10, 0))
-    assert op._why_not_on(GPU).endswith("capability 9.0, got 10.0")
+    assert op.why_not_on(GPU).endswith("capability 9.0, got 10.0")
     monkeypatch.setattr(op, "_capability_of", lambda index: (9, 0))
-    assert op._why_not_on(GPU) is None
+    assert op.why_not_on(GPU) is None
 
 
 @pytest.mark.parametrize(("value", "is_on"), [(None, True), ("", True), ("1", True), ("0", False)])

@@ -347,6 +347,8 @@ WRONG = [
 def test_case_20_errors_name_argument_wanted_and_got(
     changes: dict, error: type[Exception], message: str
 ) -> None:
+    if DEVICE != "cpu" and "num_segments - 1" in message:
+        pytest.skip("segments are checked where looking at them does not wait: on the CPU")
     pattern = "molora_linear: " + re.escape(message).replace(r"\.\*", ".*")
     with pytest.raises(error, match=pattern):
         wrong(**changes)()

@@ -63,7 +63,11 @@ class Shape(NamedTuple):
 
 CPU_SHAPES = tuple(Shape(T, D, D) for D in (1024, 2048, 4096) for T in (512, 1024))
 GPU_SIZES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
-GPU_SHAPES = tuple(Shape(T, K, N) for T in (8192, 512, 2048, 16384) for K, N in GPU_SIZES)
+GPU_SHAPES = (
+    *(Shape(8192, *size) for size in GPU_SIZES),
+    *(Shape(T, 4096, 4096) for T in (512, 2048, 16384)),
+    Shape(2048, 4096, 14336),
+)
 SHAPES = {"cpu": CPU_SHAPES, "cuda": GPU_SHAPES}
 QUICK_SHAPES = {
     "cpu": (Shape(512, 1024, 1024), Shape(512, 2048, 2048)),

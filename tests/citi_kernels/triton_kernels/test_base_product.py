@@ -187,7 +187,9 @@ def test_an_unknown_way_is_an_error_that_names_the_ways() -> None:
         pass
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "dropout_seed": torch.tensor(7)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dropout_p": 0.3, "dropout_seed": torch.tensor(7, device="cpu")}]
+)
 @pytest.mark.parametrize("way", base_product.WAYS)
 def test_the_op_is_accurate_each_way(
     way: str, options: dict, monkeypatch: pytest.MonkeyPatch
