@@ -207,9 +207,15 @@ __device__ __forceinline__ void Reduce(const ParameterScoresLaunch& p, const Til
   }
 }
 
-// Grid: tiles. Loads that nothing waits for later need registers more than other blocks.
+// Blocks of a multiprocessor. Loads that nothing waits for later need registers more than other
+// blocks; so do large tiles of fp32, which have sums of a stage beside those of all tokens.
 template <class Element, class Tile, class Rows>
-__global__ void __launch_bounds__(Tile::kThreads, Rows::kIsAsynchronous ? Tile::kMinBlocks : 1)
+constexpr int kMinBlocksOf =
+    Rows::kIsAsynchronous && (sizeof(Element) == 2 || Tile::kSize < 128) ? Tile::kMinBlocks : 1;
+
+// Grid: tiles.
+template <class Element, class Tile, class Rows>
+__global__ void __launch_bounds__(Tile::kThreads, kMinBlocksOf<Element, Tile, Rows>)
     ScoresOfTile(const ParameterScoresLaunch p) {
   const TilePlace place = PlaceOf<Tile>(p, blockIdx.x);
   {

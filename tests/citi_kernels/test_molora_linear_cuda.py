@@ -66,7 +66,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[SkinnyDouble]:
     double = SkinnyDouble()
     monkeypatch.setattr(compiled, "extension", lambda: double)
     monkeypatch.setattr(compiled, "launch_place", lambda tensor: PLACE)
-    monkeypatch.setattr(backends, "choose", lambda op, x: "cuda")
+    monkeypatch.setattr(backends, "choose", lambda op, x, **_: "cuda")
     yield double
     compiled._codes.cache_clear()
 

@@ -4,8 +4,8 @@ Shared machines drift by a third; neighbours in time drift together. A ratio is 
 rounds of (time of the row / time of the baseline in the same round).
 
 On a GPU the rows of a layer are launched while the GPU still waits, so that what is timed is the
-GPU's work, back to back, as in a training loop that is ahead of its GPU; whole models are timed with
-what Python costs them.
+GPU's work, back to back, as in a training loop that is ahead of its GPU; whole models are timed
+with what Python costs them.
 """
 
 from __future__ import annotations
