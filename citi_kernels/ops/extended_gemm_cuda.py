@@ -79,7 +79,7 @@ def extended_linear(
         ValueError: an argument does not fit the others, or is none that `why_not` takes.
     """
     (num_tokens, num_in), num_out = x_TK.shape, weight_NK.shape[0]
-    y_TN = _aligned_empty(x_TK, num_out)
+    y_TN = aligned_empty(x_TK, num_out)
     compiled.extension().extended_linear_cuda(
         shape=(num_tokens, num_in, num_out, 0 if u_TR is None else u_TR.shape[1]),
         x=compiled.matrix(x_TK),
@@ -107,7 +107,7 @@ def extended_input_gradient(
         ValueError: an argument does not fit the others, or is none that `why_not` takes.
     """
     (num_tokens, num_out), num_in = dy_TN.shape, weight_NK.shape[1]
-    dx_TK = _aligned_empty(dy_TN, num_in)
+    dx_TK = aligned_empty(dy_TN, num_in)
     compiled.extension().extended_input_gradient_cuda(
         shape=(num_tokens, num_in, num_out, 0 if dz_TZ is None else dz_TZ.shape[1]),
         dy=compiled.matrix(dy_TN),
@@ -128,7 +128,8 @@ def aligned_rows(matrix: Tensor) -> Tensor:
     return copy.copy_(matrix)
 
 
-def _aligned_empty(like: Tensor, num_columns: int) -> Tensor:
+def aligned_empty(like: Tensor, num_columns: int) -> Tensor:
+    """A matrix for the kernel to write, with as many rows as `like`."""
     return like.new_empty(like.shape[0], -(-num_columns // 8) * 8)[:, :num_columns]
 
 

@@ -68,6 +68,7 @@ PYBIND11_MODULE(_C, module) {
   citi::BindParameterScores(module);
 #if defined(CITI_CUDA)
   citi::BindExtendedGemm(module);
+  citi::BindRoutedGemm(module);
   citi::BindGrouped(module);
   citi::BindSkinny(module);
 #endif

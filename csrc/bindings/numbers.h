@@ -42,6 +42,7 @@ void BindScoreTile(pybind11::module_& module);
 void BindParameterScores(pybind11::module_& module);
 // With CUDA alone.
 void BindExtendedGemm(pybind11::module_& module);
+void BindRoutedGemm(pybind11::module_& module);
 void BindGrouped(pybind11::module_& module);
 void BindSkinny(pybind11::module_& module);
 

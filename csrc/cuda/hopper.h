@@ -123,6 +123,11 @@ __device__ inline void Arrive(uint32_t barrier, uint32_t rank) {
   }
 }
 
+// At a barrier of this block.
+__device__ inline void ArriveHere(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // A box from global to shared memory; what lies outside of the matrix is zero. The barrier is told
 // of the bytes of the whole box.
 __device__ inline void LoadBox(const TensorMap& map, uint32_t to, uint32_t barrier, int32_t column,
@@ -173,6 +178,37 @@ __device__ inline void StoreMatrices(uint32_t row, const uint32_t (&values)[4]) 
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
                "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3])
                : "memory");
+}
+
+// Floats in shared memory, for ordinary loads and stores.
+__device__ inline float* SharedFloats(uint32_t address) {
+  return static_cast<float*>(__cvta_shared_to_generic(address));
+}
+
+// What this thread wrote to any memory is seen by TMA operations after it; and what it has seen of
+// other threads' writes, by TMA operations that it issues.
+__device__ inline void FenceProxies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// What this thread wrote is seen by the whole GPU before what it writes next.
+__device__ inline void FenceDevice() { __threadfence(); }
+
+// Adds 1, behind all that this thread wrote or has seen.
+__device__ inline void AddToCount(uint32_t* count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+
+// Until the count is there, and with it what was written before it. A kernel that can never go on
+// ends with an error: these are seconds.
+__device__ inline void WaitForCount(const uint32_t* count, uint32_t wanted) {
+  constexpr uint32_t kMaxPolls = 1u << 25;
+  uint32_t found;
+#pragma unroll 1
+  for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
+    if (found >= wanted) return;
+    __nanosleep(32);
+  }
+  __trap();
 }
 
 // Two values, rounded; `low` in the lower half.

@@ -48,8 +48,10 @@ CITI_HOST_DEVICE static inline float IfKept(float gate, float value) {
   return IsMarked(gate) ? 0.0f : value;
 }
 
-// Bit g: gate entry g is kept; the backbone always is. Ties go to the lowest index.
-__device__ inline uint64_t KeptEntries(const float* logits, int num_gates, int top_k) {
+// Bit g: gate entry g is kept; the backbone always is. Ties go to the lowest index. Logits are
+// anything with [g].
+template <class Logits>
+__device__ inline uint64_t KeptEntries(Logits logits, int num_gates, int top_k) {
   if (top_k == 0) return ~uint64_t{0};
   uint64_t kept = 1;
   for (int choice = 0; choice < top_k; ++choice) {
@@ -66,7 +68,8 @@ __device__ inline uint64_t KeptEntries(const float* logits, int num_gates, int t
 }
 
 // Logits become marked probabilities, in place.
-__device__ inline void Softmax(const RouteLaunch& r, float* logits) {
+template <class Logits>
+__device__ inline void Softmax(const RouteLaunch& r, Logits logits) {
   const uint64_t kept = KeptEntries(logits, r.num_gates, r.top_k);
   const uint64_t summed = r.renormalizes ? kept : ~uint64_t{0};
   float largest = logits[0];

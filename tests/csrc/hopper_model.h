@@ -1,5 +1,5 @@
 // A model of Hopper's instructions on the host, with the names of cuda/hopper.h: the threads of a
-// cluster are threads, clusters run one after another. Products are in wgmma_model.h.
+// cluster are threads, clusters run one after another, or at once where they wait for one another. Products are in wgmma_model.h.
 //
 // Written from the PTX ISA alone, section names in brackets; nothing of the plan under test is
 // used. Where the ISA leaves time open, the model takes the time that hurts: TMA loads land in any
@@ -63,7 +63,8 @@ constexpr uint32_t kSharedEnd = 227 * 1024;
 
 class Block {
  public:
-  explicit Block(unsigned num_threads) : memory(kSharedEnd, 0xff), whole(num_threads) {
+  explicit Block(unsigned num_threads)
+      : memory(kSharedEnd, 0xff), whole(num_threads), consumers(num_threads - 128) {
     for (unsigned i = 0; i < num_threads; i += 32) {
       warps.push_back(std::make_unique<simt::Barrier>(32));
       groups.push_back(i % 128 == 0 ? std::make_unique<simt::Barrier>(128) : nullptr);
@@ -115,7 +116,7 @@ class Block {
   }
 
   std::vector<unsigned char> memory;
-  simt::Barrier whole;
+  simt::Barrier whole, consumers;
   std::vector<std::unique_ptr<simt::Barrier>> warps, groups;
   std::vector<uint32_t> row_of_lane;
 
@@ -216,6 +217,7 @@ struct Thread {
   bool is_fenced = false;          // wgmma.fence since the last commit
   bool has_unseen_writes = false;  // st.shared since the last proxy fence
   bool reached_others = false;     // another block's memory since the last cluster barrier
+  bool has_seen_others = false;    // other blocks' writes since the last proxy fence
 };
 inline thread_local Thread me;
 
@@ -232,13 +234,18 @@ void ShrinkRegisters() {}
 template <int kRegisters>
 void GrowRegisters() {}
 
-// [bar.sync] One warp group each here.
+// [bar.sync] One warp group each here, or all but the first.
 template <int kNumThreads>
 void SyncThreads(uint32_t barrier) {
-  static_assert(kNumThreads == 128);
-  if (barrier != me.index / 128) Fail("another warp group's barrier");
+  static_assert(kNumThreads == 128 || kNumThreads == 256);
   if (me.has_unseen_writes) Fail("shared memory was written and not fenced for TMA");
-  me.block->groups[me.index / 128 * 4]->Wait();
+  if constexpr (kNumThreads == 128) {
+    if (barrier != me.index / 128) Fail("another warp group's barrier");
+    me.block->groups[me.index / 128 * 4]->Wait();
+  } else {
+    if (barrier != 3 || me.index < 128) Fail("not the barrier of the consumers");
+    me.block->consumers.Wait();
+  }
 }
 
 template <int kCluster>
@@ -264,6 +271,8 @@ void Arrive(uint32_t barrier, uint32_t rank) {
   me.cluster->blocks[rank]->Arrive(barrier, 0);
 }
 
+inline void ArriveHere(uint32_t barrier) { me.block->Arrive(barrier, 0); }
+
 inline bool IsInside(const TensorMap& map, int64_t column, int64_t row) {
   return column >= 0 && column < map.columns && row >= 0 && row < map.rows;
 }
@@ -288,6 +297,7 @@ inline void Load(const TensorMap& map, Block* block, uint32_t to, uint32_t barri
 
 inline void LoadBox(const TensorMap& map, uint32_t to, uint32_t barrier, int32_t column,
                     int32_t row) {
+  if (me.has_seen_others) Fail("TMA may not see what other blocks wrote");
   Block* block = me.block;
   me.cluster->engine.Add([=, &map] { Load(map, block, to, barrier, column, row); });
 }
@@ -336,6 +346,25 @@ void WaitStoresRead() {
   }
 }
 
+inline float* SharedFloats(uint32_t address) {
+  return reinterpret_cast<float*>(me.block->At(address, 4));
+}
+
+// [red.release, ld.acquire] What a thread has written or seen goes with the count.
+inline void FenceProxies() { me.has_seen_others = false; }
+inline void FenceDevice() {}
+inline void AddToCount(uint32_t* count) { __atomic_fetch_add(count, 1u, __ATOMIC_RELEASE); }
+inline void WaitForCount(const uint32_t* count, uint32_t wanted) {
+  me.has_seen_others = true;
+  for (int poll = 0; poll < 1000000; ++poll) {
+    if (__atomic_load_n(count, __ATOMIC_ACQUIRE) >= wanted) return;
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+  }
+  std::printf("a count that is waited for in vain\n");
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+
 inline void FenceSharedWrites() { me.has_unseen_writes = false; }
 
 // [stmatrix] .x4: lane 8 j + i names row i of matrix j; lane l holds 2 elements of row l / 4.
@@ -361,20 +390,25 @@ uint32_t Pack(float low, float high) {
   }
 }
 
-// Runs the blocks of a kernel, a cluster of them at a time.
+// Runs the blocks from `first` on, `count` of them, whole clusters, all at once.
 template <class Kernel>
-void RunClusters(int64_t num_blocks, int cluster_size, unsigned num_threads, const Kernel& kernel) {
-  for (int64_t first = 0; first < num_blocks; first += cluster_size) {
-    Cluster cluster(cluster_size, num_threads);
-    std::vector<std::thread> threads;
-    for (unsigned i = 0; i < num_threads * static_cast<unsigned>(cluster_size); ++i) {
-      threads.emplace_back([&, i] {
+void RunTogether(int64_t first, int64_t count, int64_t num_blocks, int cluster_size,
+                 unsigned num_threads, const Kernel& kernel) {
+  std::vector<std::unique_ptr<Cluster>> clusters;
+  std::vector<std::thread> threads;
+  for (int64_t block = first; block < first + count; ++block) {
+    if ((block - first) % cluster_size == 0) {
+      clusters.push_back(std::make_unique<Cluster>(cluster_size, num_threads));
+    }
+    Cluster* cluster = clusters.back().get();
+    for (unsigned i = 0; i < num_threads; ++i) {
+      threads.emplace_back([=, &kernel] {
         me = Thread{};
-        me.cluster = &cluster;
-        me.rank = i / num_threads;
-        me.block = cluster.blocks[me.rank].get();
-        me.index = i % num_threads;
-        me.block_index = static_cast<uint32_t>(first) + me.rank;
+        me.cluster = cluster;
+        me.rank = static_cast<uint32_t>((block - first) % cluster_size);
+        me.block = cluster->blocks[me.rank].get();
+        me.index = i;
+        me.block_index = static_cast<uint32_t>(block);
         me.num_blocks = static_cast<uint32_t>(num_blocks);
         kernel();
         if (!me.issued.empty() || !me.batches.empty()) Fail("products are under way at the end");
@@ -383,10 +417,20 @@ void RunClusters(int64_t num_blocks, int cluster_size, unsigned num_threads, con
         if (me.reached_others) Fail("another block is reached, which may have ended");
       });
     }
-    for (std::thread& thread : threads) thread.join();
-    for (const auto& block : cluster.blocks) {
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& cluster : clusters) {
+    for (const auto& block : cluster->blocks) {
       if (!block->IsQuiet()) Fail("loads are under way at the end");
     }
+  }
+}
+
+// Runs the blocks of a kernel, a cluster of them at a time.
+template <class Kernel>
+void RunClusters(int64_t num_blocks, int cluster_size, unsigned num_threads, const Kernel& kernel) {
+  for (int64_t first = 0; first < num_blocks; first += cluster_size) {
+    RunTogether(first, cluster_size, num_blocks, cluster_size, num_threads, kernel);
   }
 }
 

@@ -22,9 +22,11 @@ LIMITS = {
     for path in sorted((ROOT / "tests/csrc/kernel_limits").glob("*.json"))
     for kernel, limits in json.loads(path.read_text()).items()
 }
-# by test_extended_gemm_objects.py, test_grouped_objects.py, test_parameter_scores_objects.py
+# by test_extended_gemm_objects.py, test_routed_gemm_objects.py, test_grouped_objects.py,
+# test_parameter_scores_objects.py
 TESTED_ELSEWHERE = (
     "ExtendedGemmKernel",
+    "RoutedGemmKernel",
     "MultiplyGroups",
     "SumGroups",
     "ScoresOfTile",
