@@ -17,3 +17,4 @@ BACKEND: str | None = os.environ.get("CITI_BACKEND") or None
 INTERPRETS: bool = os.environ.get("TRITON_INTERPRET") == "1"
 CPU_FEATURES: str = os.environ.get("CITI_CPU_FEATURES", "")
 EXTENDED_GEMM: bool = os.environ.get("CITI_EXTENDED_GEMM") != "0"
+ROUTED_GEMM: bool = os.environ.get("CITI_ROUTED_GEMM") == "1"

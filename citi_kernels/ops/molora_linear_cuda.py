@@ -40,7 +40,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from citi_kernels import environment
-from citi_kernels.ops import extended_gemm_cuda, molora_linear_cuda_top_k, molora_linear_torch
+from citi_kernels.ops import (
+    extended_gemm_cuda,
+    molora_linear_cuda_top_k,
+    molora_linear_torch,
+    routed_gemm_cuda,
+)
 from citi_kernels.ops import molora_linear_reference as definition
 from citi_kernels.ops import skinny_cuda as skinny
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
@@ -173,6 +178,17 @@ def _routed(
     x_TK, weight_NK, bias_N, a_RK, b_NR, router_GK = operands
     stack_ZK = skinny.stack(a_RK, router_GK, sizes, x_TK.dtype)
     aligned_TK = skinny.aligned(x_TK)
+    if _takes_routed(aligned_TK, weight_NK, sizes, settings, bias_N):
+        y_TN, h_TR, _, probs_TG = routed_gemm_cuda.routed_linear(
+            aligned_TK,
+            weight_NK,
+            bias_N,
+            stack_ZK,
+            extended_gemm_cuda.aligned_rows(b_NR.to(x_TK.dtype)),
+            sizes,
+            settings,
+        )
+        return y_TN.contiguous(), h_TR, probs_TG
     h_TR, u_TP, probs_TG = skinny.shrink_route(aligned_TK, stack_ZK, sizes, settings)
     if aligned_TK.shape == x_TK.shape:
         # a copy where x lay otherwise: the choice of a GEMM must not depend on that
@@ -188,6 +204,22 @@ def _routed(
     if settings.is_sparse and y_TN.numel():
         skinny.add_non_finite_(y_TN, u_TR, b_NR.T, probs_TG, sizes)
     return y_TN, h_TR, probs_TG
+
+
+def _takes_routed(
+    left: Tensor,
+    weight_NK: Tensor | None,
+    sizes: skinny.Sizes,
+    settings: Settings,
+    bias_N: Tensor | None = None,
+) -> bool:
+    """Whether the GEMM that makes its own extension is wanted and possible."""
+    if not environment.ROUTED_GEMM or not _takes_extended(left, weight_NK, settings, bias_N):
+        return False
+    if left.shape[1] not in weight_NK.shape:
+        # x or dy was given columns of zeros
+        return False
+    return routed_gemm_cuda.why_not(left, weight_NK, bias_N, sizes, settings) is None
 
 
 def _takes_extended(
@@ -226,20 +258,68 @@ def _gradients_beside(
 ) -> Factors:
     """dx from one GEMM with a longer K; the other gradients beside it, on a second stream."""
     beside, aligned_TN = Beside(dy_TN.device), skinny.aligned(dy_TN)
+    is_routed = _takes_routed(aligned_TN, operands.weight, sizes, settings)
+    if is_routed:
+        return _gradients_routed(
+            aligned_TN, dgate_TG, operands, saved, sizes, settings, needs, beside
+        )
     du_CTP = skinny.row_products(aligned_TN, _as_rows(operands.b, aligned_TN, sizes))
     dz_TZ = skinny.rank_gradients(du_CTP, saved.h, saved.probs, dgate_TG, sizes, settings)
     stack_ZK = skinny.stack(operands.a, operands.router, sizes, dz_TZ.dtype)
-    db_NR = None
-    if needs.b:
-        u_TP = skinny.scaled_ranks(saved.h, saved.probs, sizes, settings, beside)
-        parts_CNP, _ = skinny.factor_gradients(aligned_TN, u_TP, beside=beside)
-        db_NR = _sum_up(parts_CNP, operands.b, sizes, beside)
+    db_NR = _up_gradient_beside(aligned_TN, operands, saved, sizes, settings, needs, beside)
     da_RK, drouter_GK = _down_gradients(dz_TZ, operands, sizes, settings, needs, beside)
     with beside:
         dx_TK = extended_gemm_cuda.extended_input_gradient(
             dy_TN, operands.weight, dz_TZ, stack_ZK[:, : operands.a.shape[1]]
         )
     return dx_TK, da_RK, db_NR, drouter_GK
+
+
+def _gradients_routed(
+    dy_TN: Tensor,
+    dgate_TG: Tensor | None,
+    operands: Operands,
+    saved: Saved,
+    sizes: skinny.Sizes,
+    settings: Settings,
+    needs: Needs,
+    beside: Beside,
+) -> Factors:
+    """dx and dz from one GEMM, db beside it; then those of a and router, which need all of dz."""
+    stack_ZK = skinny.stack(operands.a, operands.router, sizes, dy_TN.dtype)
+    b_NR = extended_gemm_cuda.aligned_rows(operands.b.to(dy_TN.dtype))
+    db_NR = _up_gradient_beside(dy_TN, operands, saved, sizes, settings, needs, beside)
+    with beside:
+        dx_TK, dz_TZ = routed_gemm_cuda.routed_input_gradient(
+            dy_TN,
+            operands.weight,
+            b_NR,
+            saved.h,
+            saved.probs,
+            dgate_TG,
+            stack_ZK[:, : operands.a.shape[1]],
+            sizes,
+            settings,
+        )
+    da_RK, drouter_GK = _down_gradients(dz_TZ, operands, sizes, settings, needs)
+    return dx_TK, da_RK, db_NR, drouter_GK
+
+
+def _up_gradient_beside(
+    dy_TN: Tensor,
+    operands: Operands,
+    saved: Saved,
+    sizes: skinny.Sizes,
+    settings: Settings,
+    needs: Needs,
+    beside: Beside,
+) -> Tensor | None:
+    """db (N, R), if asked for: launched later."""
+    if not needs.b:
+        return None
+    u_TP = skinny.scaled_ranks(saved.h, saved.probs, sizes, settings, beside)
+    parts_CNP, _ = skinny.factor_gradients(dy_TN, u_TP, beside=beside)
+    return _sum_up(parts_CNP, operands.b, sizes, beside)
 
 
 def _gradients_in_turn(
