@@ -51,7 +51,8 @@ command_of() {
     build) command=("$PYTHON" setup.py build_ext --inplace) ;;
     tests) command=("${on_gpu[@]}" "${pytest[@]}" -n 4 "${kernel_tests[@]}" tests/citi_kernels/triton_kernels) ;;
     tests_cuda) command=("${on_gpu_cuda[@]}" "${pytest[@]}" -n 4 "${kernel_tests[@]}"
-      tests/citi_kernels/test_extended_gemm_on_hopper.py tests/csrc) ;;
+      tests/citi_kernels/test_extended_gemm_on_hopper.py \
+      tests/citi_kernels/test_routed_gemm_on_hopper.py tests/csrc) ;;
     base_product) command=("$PYTHON" benchmarks/base_product.py --write) ;;
     layer) command=("${bench[@]}" layer ceilings --seconds 2 --json "$OUT/layer.json") ;;
     routing) command=("${bench[@]}" top-k decode scaling --seconds 1 --json "$OUT/routing.json") ;;

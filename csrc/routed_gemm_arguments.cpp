@@ -59,6 +59,18 @@ Vector BytesOf(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
   return {const_cast<void*>(matrix.data), 0, matrix.dtype, size};
 }
 
+// As many as the kernel writes: with those that pad it, which the GEMM does not read.
+int64_t ColumnsOfMoreLeft(const RoutedGemm& routed) {
+  return routed.gemm.is_input_gradient ? routed.shape.num_rows() : routed.shape.padded_ranks();
+}
+
+std::string InvalidMoreLeft(const RoutedGemm& routed) {
+  const std::string name = NamesOf(routed.gemm).more_left;
+  const int64_t num_columns = ColumnsOfMoreLeft(routed);
+  if (routed.gemm.more_left.row_stride != num_columns) return name + ": must be contiguous";
+  return InvalidMatrix(name, routed.gemm.more_left, routed.shape.num_tokens, num_columns);
+}
+
 // What the kernel writes overlaps nothing else. `out` and the operands of the GEMM are known not
 // to overlap.
 std::string InvalidOverlap(const RoutedGemm& routed) {
@@ -76,7 +88,7 @@ std::string InvalidOverlap(const RoutedGemm& routed) {
   const Vector counts{const_cast<int32_t*>(routed.counts.data), routed.counts.num_bytes,
                       DType::kFloat32, routed.counts.size};
   std::vector<std::pair<const char*, Vector>> tensors = {
-      {names.more_left, BytesOf(gemm.more_left, gemm.num_rows, gemm.more)},
+      {names.more_left, BytesOf(gemm.more_left, gemm.num_rows, ColumnsOfMoreLeft(routed))},
       {"counts", counts},
       {"h", routed.h},
       {"probs", routed.probs},
@@ -130,6 +142,7 @@ std::string Invalid(const RoutedGemm& routed) {
   const auto check = [&](std::string found) {
     if (problem.empty()) problem = std::move(found);
   };
+  check(InvalidMoreLeft(routed));
   check(is_gradient ? InvalidNarrow("b", routed.narrow, dtype, depth, shape.num_ranks())
                     : InvalidNarrow("stack", routed.narrow, dtype, shape.num_rows(), depth));
   check(InvalidRankSpace("h", routed.h, dtype, num_tokens, shape.num_ranks()));

@@ -54,9 +54,9 @@ using NarrowRoutedTiles = RoutedTiles<128, 1, 5>;
 
 // What is rank-sized, as the kernel takes it.
 struct RankSpace {
-  void* h;       // (T, R)
-  void* left;    // u (T, P) or dz (T, Z)
-  float* probs;  // (T, G)
+  void* h;             // (T, R)
+  void* left;          // u (T, P) or dz (T, Z)
+  float* probs;        // (T, G)
   const float* dgate;  // (T, G); null: 0
   uint32_t* counts;
   int num_ranks, padded_ranks, num_gates, padded_gates;

@@ -21,8 +21,8 @@ inline cudaError_t GetEncodeTiled(decltype(&cuTensorMapEncodeTiled)* encode) {
   return cudaSuccess;
 }
 
-inline cudaError_t Encode(decltype(&cuTensorMapEncodeTiled) encode, const MapShape& shape, DType dtype,
-                          CUtensorMap* map) {
+inline cudaError_t Encode(decltype(&cuTensorMapEncodeTiled) encode, const MapShape& shape,
+                          DType dtype, CUtensorMap* map) {
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(shape.columns),
                               static_cast<cuuint64_t>(shape.rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(shape.row_bytes)};

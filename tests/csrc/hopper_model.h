@@ -1,5 +1,6 @@
 // A model of Hopper's instructions on the host, with the names of cuda/hopper.h: the threads of a
-// cluster are threads, clusters run one after another, or at once where they wait for one another. Products are in wgmma_model.h.
+// cluster are threads, clusters run one after another, or at once where they wait for each other.
+// Products are in wgmma_model.h.
 //
 // Written from the PTX ISA alone, section names in brackets; nothing of the plan under test is
 // used. Where the ISA leaves time open, the model takes the time that hurts: TMA loads land in any

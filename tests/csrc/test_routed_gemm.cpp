@@ -288,13 +288,13 @@ void CheckValuesOfAll() {
   const DType bf16 = DType::kBFloat16, f16 = DType::kFloat16;
   // Two units of the first columns in a row, a block without rows, more units than clusters; edges
   // in every dimension, stages that come round many times, one or more chunks of gates.
-  CheckValues<WideRoutedTiles>({false, bf16, 600, 328, 520, 4, 8, true, 4});
-  CheckValues<WideRoutedTiles>({true, bf16, 600, 520, 328, 4, 8, true, 4});
+  CheckValues<WideRoutedTiles>({false, bf16, 600, 200, 264, 4, 8, true, 4});
+  CheckValues<WideRoutedTiles>({true, bf16, 600, 264, 200, 4, 8, true, 4});
   CheckValues<WideRoutedTiles>({false, f16, 130, 200, 267, 7, 7, false, 6});
   CheckValues<WideRoutedTiles>({true, f16, 130, 264, 200, 7, 7, false, 6});
   CheckValues<WideRoutedTiles>({true, bf16, 300, 72, 136, 3, 5, true, 2});
-  CheckValues<NarrowRoutedTiles>({false, f16, 300, 520, 136, 1, 16, true, 2});
-  CheckValues<NarrowRoutedTiles>({true, f16, 300, 136, 520, 25, 1, true, 1});
+  CheckValues<NarrowRoutedTiles>({false, f16, 300, 392, 136, 1, 16, true, 2});
+  CheckValues<NarrowRoutedTiles>({true, f16, 300, 136, 392, 25, 1, true, 1});
   CheckValues<NarrowRoutedTiles>({false, bf16, 1, 72, 8, 20, 2, false, 5});
   CheckValues<NarrowRoutedTiles>({true, bf16, 129, 200, 65, 2, 24, false, 3});
   CheckValues<NarrowRoutedTiles>({false, bf16, 129, 65, 391, 2, 20, true, 3});
