@@ -12,7 +12,7 @@ Each way is first held to the accuracy rule at 48 tokens.
 
 Usage: python benchmarks/base_product.py [--quick] [--dtype bf16] [--layer 4096 14336]
            [--tokens 1 --tokens 8192] [--seconds 2] [--write] [--json out.json]
-Needs a CUDA GPU. Written for it, not yet run on one.
+Needs a CUDA GPU.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ CITI_CPU_FEATURES which C++ kernels the backend "native" runs: avx512_bf16, avx5
                   MOLoRA's results to rounding.
 CITI_EXTENDED_GEMM 0: the backend "cuda" leaves the base product to cuBLAS and adds the update in
                   place, also where one GEMM of ours could compute both (Hopper).
+CITI_ROUTED_GEMM  0: ranks and gates come from passes of their own also where that GEMM could make
+                  them.
 """
 
 from __future__ import annotations
@@ -17,4 +19,4 @@ BACKEND: str | None = os.environ.get("CITI_BACKEND") or None
 INTERPRETS: bool = os.environ.get("TRITON_INTERPRET") == "1"
 CPU_FEATURES: str = os.environ.get("CITI_CPU_FEATURES", "")
 EXTENDED_GEMM: bool = os.environ.get("CITI_EXTENDED_GEMM") != "0"
-ROUTED_GEMM: bool = os.environ.get("CITI_ROUTED_GEMM") == "1"
+ROUTED_GEMM: bool = os.environ.get("CITI_ROUTED_GEMM") != "0"

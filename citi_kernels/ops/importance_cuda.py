@@ -1,4 +1,4 @@
-"""Backend "cuda" of the importance ops: CUDA C++, in `citi_kernels._C`. Not yet run on a GPU.
+"""Backend "cuda" of the importance ops: CUDA C++, in `citi_kernels._C`.
 
     op                             when                                       what runs
     accumulate_row_dots_           always                                     `row_dots.cu`

@@ -10,8 +10,7 @@
 
 The kernel of `extended_gemm_cuda`, whose tiles of the first columns come first and also multiply
 by `stack` or b; all others wait for u or dz of their rows before they end. Every expert is kept,
-and there is no dropout. Launched together (cooperatively), so that nobody waits in vain. Not yet
-run on a GPU.
+and there is no dropout. Launched together (cooperatively), so that nobody waits in vain.
 
 Shapes: T tokens, K in-features, N out-features, E experts, R stacked rank (E·r), G gates (E + 1);
 P and Z as in `skinny_cuda`.

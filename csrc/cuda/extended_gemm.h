@@ -1,4 +1,4 @@
-// The extended GEMM on a Hopper GPU (compute capability 9.0). Not yet run on one.
+// The extended GEMM on a Hopper GPU (compute capability 9.0).
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// Parameter scores on a CUDA GPU. Not yet run on one.
+// Parameter scores on a CUDA GPU.
 #pragma once
 
 #include <cuda_runtime_api.h>

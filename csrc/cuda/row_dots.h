@@ -1,4 +1,4 @@
-// Row dots on a CUDA GPU. Not yet run on one.
+// Row dots on a CUDA GPU.
 #pragma once
 
 #include <cuda_runtime_api.h>

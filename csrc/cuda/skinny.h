@@ -1,4 +1,4 @@
-// The skinny passes of a MOLoRA layer on a CUDA GPU. Not yet run on one.
+// The skinny passes of a MOLoRA layer on a CUDA GPU.
 #pragma once
 
 #include <cuda_runtime_api.h>

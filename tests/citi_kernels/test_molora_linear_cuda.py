@@ -19,7 +19,7 @@ from torch import Tensor
 from citi_kernels import backends, compiled, environment, molora_linear
 from citi_kernels.ops import (
     extended_gemm_cuda,
-    molora_linear_cuda,
+    molora_linear_cuda_gradients,
     side_stream,
     skinny_cuda,
 )
@@ -329,7 +329,7 @@ def extended(double: SkinnyDouble, monkeypatch: pytest.MonkeyPatch) -> list[str]
         return (dy.float() @ weight.float() + dz.float() @ stack.float()).to(dy.dtype)
 
     monkeypatch.setattr(environment, "EXTENDED_GEMM", True)
-    monkeypatch.setattr(molora_linear_cuda, "MIN_EXTENDED_TOKENS", 1)
+    monkeypatch.setattr(molora_linear_cuda_gradients, "MIN_EXTENDED_TOKENS", 1)
     monkeypatch.setattr(extended_gemm_cuda, "why_not", lambda *operands: None)
     monkeypatch.setattr(extended_gemm_cuda, "extended_linear", extended_linear)
     monkeypatch.setattr(extended_gemm_cuda, "extended_input_gradient", extended_input_gradient)
@@ -385,9 +385,9 @@ def test_few_tokens_and_the_switch_keep_the_library(
     extended: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = random_case(9, 24, 16, dtype=torch.bfloat16)
-    monkeypatch.setattr(molora_linear_cuda, "MIN_EXTENDED_TOKENS", 10)
+    monkeypatch.setattr(molora_linear_cuda_gradients, "MIN_EXTENDED_TOKENS", 10)
     evaluate(molora_linear, case)
-    monkeypatch.setattr(molora_linear_cuda, "MIN_EXTENDED_TOKENS", 9)
+    monkeypatch.setattr(molora_linear_cuda_gradients, "MIN_EXTENDED_TOKENS", 9)
     monkeypatch.setattr(environment, "EXTENDED_GEMM", False)
     evaluate(molora_linear, case)
     assert not {"y", "dx", "side waits for main"} & set(extended)

@@ -1,6 +1,6 @@
 """The routed GEMM on a Hopper GPU: values by the accuracy rule, the same bits at every run.
 
-No GPU has run these yet. Without one they are skipped; what the kernel computes is then tested by
+Without one they are skipped; what the kernel computes is then tested by
 `tests/csrc/test_routed_gemm.cpp`, on a model of the hardware.
 """
 

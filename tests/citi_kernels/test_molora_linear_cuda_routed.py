@@ -1,0 +1,79 @@
+"""Where backend "cuda" takes the routed GEMM, on the CPU: made of the passes it stands for.
+
+Values of the kernel itself: tests/csrc/test_routed_gemm.cpp, test_routed_gemm_on_hopper.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from test_molora_linear_cuda import DROPOUT, double, extended, gradients_of
+
+from citi_kernels import environment, molora_linear
+from citi_kernels.ops import (
+    extended_gemm_cuda,
+    molora_linear_cuda_gradients,
+    routed_gemm_cuda,
+    skinny_cuda,
+)
+from citi_kernels.testing import (
+    OPERANDS,
+    assert_accurate,
+    check_molora_linear,
+    evaluate,
+    poisoned_memory,
+    random_case,
+)
+from under_test import DEVICE
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the double computes on the CPU")
+__all__ = ["double", "extended"]  # fixtures
+
+
+@pytest.fixture
+def routed(extended: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The GEMM that makes its own ranks, out of the passes that it stands for."""
+
+    def routed_linear(x, weight, bias, stack, b, sizes, settings):
+        extended.append("routed y")
+        h, u, probs = skinny_cuda.shrink_route(x, stack, sizes, settings)
+        y = extended_gemm_cuda.extended_linear(x, weight, bias, u[:, : sizes.R], b[:, : sizes.R])
+        return y, h, u, probs
+
+    def routed_input_gradient(dy, weight, b, h, probs, dgate, stack, sizes, settings):
+        extended.append("routed dx")
+        b_PN = torch.nn.functional.pad(b.T[: sizes.R], (0, 0, 0, sizes.P - sizes.R)).contiguous()
+        du = skinny_cuda.row_products(dy, b_PN)
+        dz = skinny_cuda.rank_gradients(du, h, probs, dgate, sizes, settings)
+        return extended_gemm_cuda.extended_input_gradient(dy, weight, dz, stack), dz
+
+    monkeypatch.setattr(environment, "ROUTED_GEMM", True)
+    monkeypatch.setattr(molora_linear_cuda_gradients, "MIN_ROUTED_TOKENS", 1)
+    monkeypatch.setattr(routed_gemm_cuda, "routed_linear", routed_linear)
+    monkeypatch.setattr(routed_gemm_cuda, "routed_input_gradient", routed_input_gradient)
+    return extended
+
+
+def test_the_ranks_come_from_the_product_where_it_can_make_them(routed: list[str]) -> None:
+    with poisoned_memory():
+        check_molora_linear(molora_linear, random_case(61, 96, 80, dtype=torch.bfloat16))
+    assert (routed.count("routed y"), routed.count("routed dx")) == (1, 1)
+    for options in (DROPOUT, {"top_k": 2}, {"num_experts": 8, "r": 8}, {"weight": False}):
+        routed.clear()
+        evaluate(molora_linear, random_case(61, 96, 80, dtype=torch.bfloat16, **options))
+        assert not {"routed y", "routed dx"} & set(routed)
+
+
+def test_every_subset_of_gradients_with_the_routed_gemm_is_the_same_to_rounding(
+    routed: list[str],
+) -> None:
+    case = random_case(9, 24, 16, dtype=torch.bfloat16)
+    expected = evaluate(molora_linear, case)
+    for size in range(1, len(OPERANDS) + 1):
+        for subset in itertools.combinations(OPERANDS, size):
+            for name, gradient in gradients_of(case, subset).items():
+                assert_accurate(
+                    gradient, expected[f"d{name}"].double(), expected[f"d{name}"], name=name
+                )
