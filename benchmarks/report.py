@@ -47,7 +47,10 @@ def _suite_part(suite: str) -> Callable[[Record], list[str]]:
 
 PARTS: dict[str, Callable[[Record], list[str]]] = {
     "layer": layer_part,
-    **{name: _suite_part(name) for name in ("importance", "training", "generation", "top-k")},
+    **{
+        name: _suite_part(name)
+        for name in ("importance", "training", "generation", "top-k", "decode")
+    },
 }
 
 

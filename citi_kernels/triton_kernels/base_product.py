@@ -8,7 +8,7 @@
 The measurements stand in base_product.json, which `python benchmarks/base_product.py --write`
 fills. Where nothing was measured (another GPU, another shape, no readable table), the answer leaves
 the product to cuBLAS: "few" up to 64 tokens, for which "update" would read a and the router on one
-multiprocessor, and "update" beyond. Nothing has been measured yet: the table is empty.
+multiprocessor, and "update" beyond. Measured so far: up to 16 tokens at 4096 -> 4096 on an H100.
 
 Shapes: T tokens, K in-features, N out-features.
 """
