@@ -42,6 +42,10 @@ kernel_tests=(tests/citi_kernels/test_molora_linear.py tests/citi_kernels/test_m
   tests/citi_kernels/test_layer.py tests/citi_kernels/test_importance_on_gpu.py
   tests/citi_kernels/test_importance_row_dots.py tests/citi_kernels/test_importance_parameters.py)
 bench=("$PYTHON" -m citi bench --device cuda --dtype bf16)
+# what needs no GPU was run where there is none
+triton_tests=(tests/citi_kernels/triton_kernels --ignore-glob '*/test_offline_compile.py'
+  --ignore-glob '*/test_importance_kernels.py' --ignore-glob '*/test_launches.py' --ignore-glob '*/test_source.py')
+workers=$(($(nproc) < 12 ? $(nproc) : 12))
 small_case=(tests/citi_kernels/test_molora_linear.py -k fp16-dense)
 
 # sets `command`
@@ -49,10 +53,11 @@ command_of() {
   local pytest=("$PYTHON" -m pytest -p no:cacheprovider)
   case "$1" in
     build) command=("$PYTHON" setup.py build_ext --inplace) ;;
-    tests) command=("${on_gpu[@]}" "${pytest[@]}" -n 4 "${kernel_tests[@]}" tests/citi_kernels/triton_kernels) ;;
-    tests_cuda) command=("${on_gpu_cuda[@]}" "${pytest[@]}" -n 4 "${kernel_tests[@]}"
-      tests/citi_kernels/test_extended_gemm_on_hopper.py \
-      tests/citi_kernels/test_routed_gemm_on_hopper.py tests/csrc) ;;
+    tests) command=("${on_gpu[@]}" "${pytest[@]}" -n "$workers" --dist worksteal
+      "${kernel_tests[@]}" "${triton_tests[@]}") ;;
+    tests_cuda) command=("${on_gpu_cuda[@]}" "${pytest[@]}" -n "$workers" --dist worksteal "${kernel_tests[@]}"
+      tests/citi_kernels/test_extended_gemm_on_hopper.py
+      tests/citi_kernels/test_routed_gemm_on_hopper.py) ;;
     base_product) command=("$PYTHON" benchmarks/base_product.py --write) ;;
     layer) command=("${bench[@]}" layer ceilings --seconds 2 --json "$OUT/layer.json") ;;
     routing) command=("${bench[@]}" top-k decode scaling --seconds 1 --json "$OUT/routing.json") ;;
@@ -60,8 +65,8 @@ command_of() {
     training) command=("${bench[@]}" training generation --seconds 2 --json "$OUT/training.json") ;;
     sanitizer) command=("${on_gpu_cuda[@]}" PYTORCH_NO_CUDA_MEMORY_CACHING=1
       compute-sanitizer --error-exitcode 1 "${pytest[@]}" "${small_case[@]}") ;;
-    counters) command=(ncu --csv --log-file "$OUT/counters.csv" --metrics dram__bytes.sum
-      "${bench[@]}" layer --quick --seconds 0) ;;
+    counters) command=(ncu --csv --log-file "$OUT/counters.csv" --metrics dram__bytes.sum,gpu__time_duration.sum
+      "$PYTHON" benchmarks/one_layer.py) ;;
   esac
 }
 
