@@ -1,6 +1,6 @@
 """One forward and backward of a MOLoRA layer on a GPU, 8192 x 4096 x 4096, bf16: for a profiler.
 
-    ncu --metrics dram__bytes.sum python benchmarks/one_layer.py
+ncu --metrics dram__bytes.sum python benchmarks/one_layer.py
 """
 
 from __future__ import annotations

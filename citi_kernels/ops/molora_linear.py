@@ -111,9 +111,8 @@ def molora_linear(
     if segment_ids is not None:
         segment_ids = flat_segment_ids(segment_ids, shape, x_TK.shape[0])
     operands = (x_TK, weight, bias, a, b, router)
-    is_plain = dropout_p == 0 and (top_k is None or top_k == num_experts)
-    first = "cuda" if is_plain and molora_linear_cuda.is_fastest(x_TK) else None
-    backend = backends.choose("molora_linear", x_TK, first=first)
+    is_cuda_first = molora_linear_cuda.is_fastest(x_TK, num_experts, top_k, dropout_p)
+    backend = backends.choose("molora_linear", x_TK, first="cuda" if is_cuda_first else None)
     scaling, count = float(scaling), num_segments or 0
     rest = (num_experts, scaling, top_k, renormalize, segment_ids, count, dropout_p, dropout_seed)
     if backend == "reference":

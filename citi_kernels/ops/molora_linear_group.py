@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from citi_kernels import backends
+from citi_kernels.ops import molora_linear_cuda
 from citi_kernels.ops.molora_linear import (
     as_autocast,
     autocast_is_on,
@@ -111,7 +112,8 @@ def runs_together(
     Raises:
         RuntimeError: the backend asked for cannot run here.
     """
-    run = backends.find("molora_linear", backends.choose("molora_linear", x))
+    first = "cuda" if molora_linear_cuda.is_fastest(x, num_experts, top_k) else None
+    run = backends.find("molora_linear", backends.choose("molora_linear", x, first=first))
     if not hasattr(run, "forward_group"):
         return False
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype

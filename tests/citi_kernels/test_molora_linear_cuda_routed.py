@@ -6,6 +6,7 @@ Values of the kernel itself: tests/csrc/test_routed_gemm.cpp, test_routed_gemm_o
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from test_molora_linear_cuda import DROPOUT, double, extended, gradients_of
 from citi_kernels import environment, molora_linear
 from citi_kernels.ops import (
     extended_gemm_cuda,
+    molora_linear_cuda,
     molora_linear_cuda_gradients,
     routed_gemm_cuda,
     skinny_cuda,
@@ -77,3 +79,21 @@ def test_every_subset_of_gradients_with_the_routed_gemm_is_the_same_to_rounding(
                 assert_accurate(
                     gradient, expected[f"d{name}"].double(), expected[f"d{name}"], name=name
                 )
+
+
+def test_it_comes_before_triton_where_it_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(molora_linear_cuda, "_has_extended_gemm", lambda index: True)
+
+    def is_fastest(*shape: int, dtype=torch.bfloat16, device="cuda", top_k=None, p=0.0) -> bool:
+        x = SimpleNamespace(shape=torch.Size(shape), dtype=dtype, device=torch.device(device))
+        return molora_linear_cuda.is_fastest(x, 4, top_k, p)
+
+    assert is_fastest(2, 1024, 64)
+    assert is_fastest(2048, 64, top_k=4)
+    assert not is_fastest(2, 1023, 64)
+    assert not is_fastest(2048, 64, top_k=2)
+    assert not is_fastest(2048, 64, p=0.1)
+    assert not is_fastest(2048, 64, dtype=torch.float32)
+    assert not is_fastest(2048, 64, device="cpu")
+    monkeypatch.setattr(molora_linear_cuda, "_has_extended_gemm", lambda index: False)
+    assert not is_fastest(2048, 64)
