@@ -206,7 +206,9 @@ def _routed(
     x_TK, weight_NK, bias_N, a_RK, b_NR, router_GK = operands
     stack_ZK = skinny.stack(a_RK, router_GK, sizes, x_TK.dtype)
     aligned_TK = skinny.aligned(x_TK)
-    if takes_routed(aligned_TK, weight_NK, sizes, settings, bias_N):
+    # else x was given columns of zeros, which weight does not have
+    is_as_wide = aligned_TK.shape == x_TK.shape
+    if is_as_wide and takes_routed(aligned_TK, weight_NK, sizes, settings, bias_N):
         y_TN, h_TR, _, probs_TG = routed_gemm_cuda.routed_linear(
             aligned_TK,
             weight_NK,
@@ -218,7 +220,7 @@ def _routed(
         )
         return y_TN.contiguous(), h_TR, probs_TG
     h_TR, u_TP, probs_TG = skinny.shrink_route(aligned_TK, stack_ZK, sizes, settings)
-    if aligned_TK.shape == x_TK.shape:
+    if is_as_wide:
         # a copy where x lay otherwise: the choice of a GEMM must not depend on that
         x_TK = aligned_TK
     u_TR, b_NR = u_TP[:, : sizes.R], b_NR.to(x_TK.dtype)

@@ -40,9 +40,6 @@ def takes_routed(
         return False
     if not takes_extended(left, weight_NK, settings, bias_N):
         return False
-    if left.shape[1] not in weight_NK.shape:
-        # x or dy was given columns of zeros
-        return False
     return routed_gemm_cuda.why_not(left, weight_NK, bias_N, sizes, settings) is None
 
 
@@ -68,8 +65,9 @@ def gradients_beside(
 ) -> Factors:
     """dx from one GEMM with a longer K; the other gradients beside it, on a second stream."""
     beside, aligned_TN = Beside(dy_TN.device), skinny.aligned(dy_TN)
-    is_routed = takes_routed(aligned_TN, operands.weight, sizes, settings)
-    if is_routed:
+    # not where dy was given columns of zeros, which weight does not have
+    is_as_wide = aligned_TN.shape == dy_TN.shape
+    if is_as_wide and takes_routed(aligned_TN, operands.weight, sizes, settings):
         return _gradients_routed(
             aligned_TN, dgate_TG, operands, saved, sizes, settings, needs, beside
         )
