@@ -36,31 +36,54 @@ def search_rates(
         folder: Gets one file a candidate; what lies there is not trained again.
         observer: Told of progress.
     """
-    owner = load_row(row.rates_of) if row.rates_of else row
+    owner = searched_row(row)
     if len(owner.rates) < 2:
         return (dict(owner.rates[0]) if owner.rates else {}), []
-    tried = []
-    for rates in owner.rates:
-        name = "_".join(f"{key.removesuffix('_rate')}{value:g}" for key, value in rates.items())
-        target = folder / owner.name / f"{name}.json"
-        if not target.is_file():
-            candidate = dataclasses.replace(
-                assignment,
-                row=owner,
-                rates=rates,
-                seed=0,
-                steps=assignment.scale.search_steps,
-                folder=target.with_suffix(""),
-            )
-            observer.line(f"search for {owner.title}: {dict(rates)}")
-            write_json(target, _try(candidate, observer))
-        shutil.rmtree(target.with_suffix(""), ignore_errors=True)
-        tried.append(read_object(target, file_format=FORMAT, version=VERSION, types=_TYPES))
+    tried = [
+        try_rates(owner, rates, assignment, folder, observer=observer) for rates in owner.rates
+    ]
     usable = [each for each in tried if not each["diverged"]]
     if not usable:
         raise RuntimeError(f"{owner.name}: the loss was not finite with any of its rates")
     best = min(usable, key=lambda each: each["validation_nll"])
     return dict(best["rates"]), tried
+
+
+def searched_row(row: RowConfig) -> RowConfig:
+    """The row whose search gives `row` its rates."""
+    return load_row(row.rates_of) if row.rates_of else row
+
+
+def try_rates(
+    owner: RowConfig,
+    rates: Mapping[str, float],
+    assignment: Assignment,
+    folder: Path,
+    *,
+    observer: RunObserver,
+) -> dict:
+    """One candidate of a search, trained and measured, or read where it was before.
+
+    Args:
+        owner: The row that is searched for.
+        rates: The candidate, one of `owner.rates`.
+        assignment, folder, observer: As for `search_rates`.
+    """
+    name = "_".join(f"{key.removesuffix('_rate')}{value:g}" for key, value in rates.items())
+    target = folder / owner.name / f"{name}.json"
+    if not target.is_file():
+        candidate = dataclasses.replace(
+            assignment,
+            row=owner,
+            rates=rates,
+            seed=0,
+            steps=assignment.scale.search_steps,
+            folder=target.with_suffix(""),
+        )
+        observer.line(f"search for {owner.title}: {dict(rates)}")
+        write_json(target, _try(candidate, observer))
+    shutil.rmtree(target.with_suffix(""), ignore_errors=True)
+    return read_object(target, file_format=FORMAT, version=VERSION, types=_TYPES)
 
 
 def _try(candidate: Assignment, observer: RunObserver) -> Mapping[str, object]:

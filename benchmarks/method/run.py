@@ -13,7 +13,9 @@ from pathlib import Path
 from benchmarks.method.data_sets import DataFolder, prepare_data
 from benchmarks.method.leaks import check_leaks
 from benchmarks.method.measures import Measuring, measure_sets
+from benchmarks.method.parallel import ParallelError, run_parallel
 from benchmarks.method.rate_search import search_rates
+from benchmarks.method.repeatable import make_repeatable
 from benchmarks.method.row_config import ROWS, RowConfig, RowConfigError, load_row
 from benchmarks.method.row_result import RowResult
 from benchmarks.method.scale import SCALES, Scale
@@ -33,6 +35,16 @@ class ComparisonError(ValueError):
     """An output folder belongs to another comparison; the message says what differs."""
 
 
+_REPORTED = (
+    ComparisonError,
+    DataError,
+    ParallelError,
+    RowConfigError,
+    SavedFileError,
+    TrainingError,
+)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What all rows of an output folder share.
@@ -41,9 +53,10 @@ class Comparison:
         scale: Sizes.
         model: Name or directory of the base.
         data: Prepared files, checked for leaks.
-        output: results/, and work/ while rows are under way.
+        output: results/, search/, scores/, and work/ while rows are under way.
         run_code: Whether generated code is run.
         keep_models: Whether work/ keeps what was trained.
+        is_repeatable: Whether a GPU may use only what gives the same numbers again.
     """
 
     scale: Scale
@@ -52,10 +65,26 @@ class Comparison:
     output: Path
     run_code: bool = False
     keep_models: bool = False
+    is_repeatable: bool = True
 
     @property
     def results(self) -> Path:
         return self.output / "results"
+
+    @property
+    def search(self) -> Path:
+        return self.output / "search"
+
+    def assignment(self, row: RowConfig, seed: int) -> Assignment:
+        """What the row trains, its learning rates still to be chosen."""
+        work = self.output / "work" / f"{row.name}_seed{seed}"
+        return Assignment(
+            row, self.scale, self.data, self.model, work, seed, {}, self.scale.steps, self.scores
+        )
+
+    @property
+    def scores(self) -> Path:
+        return self.output / "scores"
 
     def result_file(self, row: RowConfig, seed: int) -> Path:
         return self.results / f"{self.scale.name}_{row.name}_seed{seed}.json"
@@ -69,6 +98,7 @@ def open_comparison(
     *,
     run_code: bool = False,
     keep_models: bool = False,
+    is_repeatable: bool = True,
 ) -> Comparison:
     """Prepare data, refuse leaks, and refuse an output folder that was begun otherwise.
 
@@ -93,7 +123,7 @@ def open_comparison(
     if file.is_file() and begun["sha256"] != digests:
         raise ComparisonError(f"{output}: its data changed since it was begun; remove the folder")
     write_json(file, {"format": FORMAT, "version": VERSION, **settings, "sha256": digests})
-    return Comparison(scale, model, data, output, run_code, keep_models)
+    return Comparison(scale, model, data, output, run_code, keep_models, is_repeatable)
 
 
 def run_row(
@@ -111,11 +141,10 @@ def run_row(
         observer.line(f"{row.title}, seed {seed}: done earlier")
         return RowResult.load(file)
     observer.line(f"{row.title}, seed {seed}")
-    work = comparison.output / "work" / f"{row.name}_seed{seed}"
     scale, data = comparison.scale, comparison.data
-    pattern = Assignment(row, scale, data, comparison.model, work, seed, {}, scale.steps)
-    search_folder = comparison.output / "search"
-    rates, search = search_rates(row, pattern, search_folder, observer=observer)
+    pattern = comparison.assignment(row, seed)
+    work = pattern.folder
+    rates, search = search_rates(row, pattern, comparison.search, observer=observer)
     trained = train_row(dataclasses.replace(pattern, rates=rates), observer=observer)
     measuring = Measuring(
         trained.model, trained.tokenizer, scale, run_code=comparison.run_code, observer=observer
@@ -190,11 +219,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 options.model or _demo_model(),
                 run_code=options.run_code,
                 keep_models=options.keep_models,
+                is_repeatable=not options.fast,
             )
-            run_rows(comparison, options.rows, num_seeds=options.seeds, observer=watcher)
+            shared = {"num_seeds": options.seeds, "observer": watcher}
+            if options.jobs > 1:
+                run_parallel(comparison, options.rows, jobs=options.jobs, **shared)
+            else:
+                if comparison.is_repeatable:
+                    make_repeatable()
+                run_rows(comparison, options.rows, **shared)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")
-    except (ComparisonError, DataError, RowConfigError, SavedFileError, TrainingError) as error:
+    except _REPORTED as error:
         sys.exit(str(error))
     print(f"results: {comparison.results}")
 
@@ -204,6 +240,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW")
     parser.add_argument("--seeds", type=int, help="at most so many of each row")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at the same time (default: 1)")
+    parser.add_argument(
+        "--fast", action="store_true", help="on a GPU: numbers may differ from run to run"
+    )
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--output", type=Path, help="default: runs/method/SCALE")
     parser.add_argument("--model", help="default: the demo's SmolLM2-135M-Instruct")

@@ -1,4 +1,8 @@
-"""How much of everything: minutes a row on a CPU, or the full sets on a GPU."""
+"""How much of everything: minutes a row on a CPU, or all rows in ten minutes of an H100.
+
+On the GPU every row trains on all of API-Bank: four passes over the tool data alone, or three over
+the mix.
+"""
 
 from __future__ import annotations
 
@@ -79,19 +83,19 @@ CPU = Scale(
 GPU = Scale(
     name="gpu",
     tool_samples=None,
-    general_samples=800,
-    validation_samples=200,
-    eval_samples=1000,
-    judged_samples=500,
-    importance_samples=1000,
-    steps=400,
-    search_steps=100,
+    general_samples=400,
+    validation_samples=64,
+    eval_samples=250,
+    judged_samples=100,
+    importance_samples=64,
+    steps=240,
+    search_steps=40,
     batch_tokens=4096,
     accumulation=2,
-    max_length=2048,
-    eval_max_length=2048,
-    max_new_tokens=256,
-    eval_batch_size=64,
-    save_steps=50,
+    max_length=1024,
+    eval_max_length=1536,
+    max_new_tokens=112,
+    eval_batch_size=128,
+    save_steps=1000,
 )
 SCALES = {scale.name: scale for scale in (CPU, GPU)}

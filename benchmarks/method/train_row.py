@@ -32,7 +32,6 @@ from citi.observer import RunObserver
 from citi.plan import Plan, make_plan
 from citi.recipe import Recipe
 from citi.run import load_run, read_training_samples, train
-from citi.run_directory import RunDirectory
 from citi.stages import Stage
 
 
@@ -49,6 +48,7 @@ class Assignment:
         seed: Of weights, orders and importance samples.
         rates: learning_rate, uco_learning_rate, or both.
         steps: Optimizer steps over all stages.
+        scores: Component scores, which rows of one seed share, lie there.
     """
 
     row: RowConfig
@@ -59,6 +59,7 @@ class Assignment:
     seed: int
     rates: Mapping[str, float]
     steps: int
+    scores: Path
 
     def recipe(self) -> Recipe:
         """The row as a recipe, whose overrides and rates win over the scale's settings."""
@@ -185,7 +186,14 @@ def train_row(assignment: Assignment, *, observer: RunObserver | None = None) ->
 
 def _train_citi(assignment: Assignment, stream: TrainingStream, observer: RunObserver) -> tuple:
     """A run as `citi train` makes it, on the stream's batches."""
-    run = train(assignment.recipe(), observer=observer, training_data=stream)
+    scores = component_scores(assignment, observer=observer)
+    run = train(
+        assignment.recipe(),
+        observer=observer,
+        training_data=stream,
+        scores=scores,
+        with_report=False,
+    )
     phases = run.load_manifest().phases
     steps = {name: phases[name]["steps"] for name in stream.steps if "steps" in phases[name]}
     return *load_run(run.path), steps
@@ -201,7 +209,7 @@ def _train_baseline(assignment: Assignment, stream: TrainingStream, observer: Ru
     }
     baseline = Baseline(components=None if row.method == "full" else "all-linear")
     if row.components == "important":
-        plan = _plan(assignment, observer)
+        plan = _plan(recipe, component_scores(assignment, observer=observer))
         whole = plan.unimportant if "whole" in row.stages else ()
         baseline = Baseline(components=plan.important, whole=whole)
     folder = assignment.folder / "baseline"
@@ -216,26 +224,34 @@ def _train_baseline(assignment: Assignment, stream: TrainingStream, observer: Ru
     return model, tokenizer, _logged_steps(folder / "metrics.jsonl")
 
 
-def _plan(assignment: Assignment, observer: RunObserver) -> Plan:
-    """The plan that CITI would make of the same data and seed."""
-    run, recipe = RunDirectory(assignment.folder / "plan"), assignment.recipe()
-    if not run.plan_file.is_file():
-        tool, general = read_training_samples(recipe)
-        model, tokenizer = load_base(recipe.model, dtype=recipe.dtype)
-        scores: AbilityScores = score_components(
-            model,
-            tokenizer,
-            tool=tool,
-            general=general,
-            max_samples=recipe.importance_samples,
-            estimator=recipe.estimator,
-            max_length=recipe.max_length,
-            seed=recipe.seed,
-            progress=observer.progress,
-        )
-        shares = {"important": recipe.important, "unimportant": recipe.unimportant}
-        make_plan(scores, **shares).save(run.plan_file)
-    return Plan.load(run.plan_file)
+def component_scores(
+    assignment: Assignment, *, observer: RunObserver | None = None
+) -> AbilityScores:
+    """The scores of the row's model, data and seed; what was scored before is read."""
+    prefix = assignment.scores / f"seed{assignment.seed}"
+    if prefix.with_suffix(".json").is_file():
+        return AbilityScores.load(prefix)
+    recipe = assignment.recipe()
+    tool, general = read_training_samples(recipe)
+    model, tokenizer = load_base(recipe.model, dtype=recipe.dtype)
+    scores = score_components(
+        model,
+        tokenizer,
+        tool=tool,
+        general=general,
+        max_samples=recipe.importance_samples,
+        estimator=recipe.estimator,
+        max_length=recipe.max_length,
+        seed=recipe.seed,
+        progress=(observer or RunObserver()).progress,
+    )
+    scores.save(prefix)
+    return scores
+
+
+def _plan(recipe: Recipe, scores: AbilityScores) -> Plan:
+    """The plan that CITI would make of the scores."""
+    return make_plan(scores, important=recipe.important, unimportant=recipe.unimportant)
 
 
 def _logged_steps(metrics_file: Path) -> dict[str, int]:

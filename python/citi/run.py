@@ -14,6 +14,7 @@ from typing import Any
 from citi.data import Collator, RenderedDataset, Sample, mix, read_samples
 from citi.durable import write_json
 from citi.environment_record import environment_record
+from citi.fingerprint import differing_fields, model_fingerprint
 from citi.importance.ability_scores import AbilityScores
 from citi.importance.progress_file import remove_progress
 from citi.importance.score_components import score_components
@@ -38,6 +39,8 @@ def train(
     *,
     observer: RunObserver | None = None,
     training_data: TrainingData | None = None,
+    scores: AbilityScores | None = None,
+    with_report: bool = True,
 ) -> RunDirectory:
     """Run a recipe, or go on with it where it stopped.
 
@@ -48,12 +51,17 @@ def train(
         observer: Told of phases, progress and metrics.
         training_data: What each stage trains on, for batches of another kind than the recipe's;
             the caller gives the same to a run that is gone on with. None: the recipe's mix.
+        scores: Of the components of this model, where they are at hand; None: the run scores them
+            on the recipe's data.
+        with_report: Whether the run ends with pictures and a report; `citi report` makes them
+            later too.
     Returns:
         The finished run directory.
     Raises:
         RunError: The folder holds another recipe's run.
         DataError: A data file cannot be used.
         TrainingError: A stage stopped itself; the run stays resumable.
+        ValueError: `scores` are of another model.
         KeyboardInterrupt: Ctrl-C; the observer's last line says how to resume.
     """
     processes = this_process()
@@ -62,7 +70,8 @@ def train(
     try:
         manifest = open_run(recipe, write=processes.is_main_process)
         processes.wait_for_everyone()
-        _Session(recipe, run, manifest, watched, training_data).go()
+        session = _Session(recipe, run, manifest, watched, training_data, scores, with_report)
+        session.go()
     except KeyboardInterrupt:
         watched.line(
             "interrupted; finished phases and the last checkpoint are kept. "
@@ -90,6 +99,8 @@ class _Session:
         manifest: Manifest,
         observer: RunObserver,
         training_data: TrainingData | None,
+        scores: AbilityScores | None,
+        with_report: bool,
     ) -> None:
         self.recipe = recipe
         self.run = run
@@ -102,6 +113,8 @@ class _Session:
         # Read now: a broken file must not come to light after the training.
         self.evaluation_sets = evaluation_sets(recipe)
         self._training_data = training_data or self._mixed_data
+        self._given_scores = scores
+        self._with_report = with_report
         self._dataset: RenderedDataset | None = None
         self._is_alone = False
 
@@ -115,7 +128,8 @@ class _Session:
         if self.is_writer:  # the others are done, and nobody waits for them at a barrier
             self._is_alone = True
             self._evaluate()
-            self._report()
+            if self._with_report:
+                self._report()
 
     def _phase(
         self, name: str, title: str, work: Callable[[], Facts | None], *, ends_run: bool = False
@@ -150,8 +164,33 @@ class _Session:
             write_json(self.run.environment_file, environment_record())
 
     def _score(self) -> Facts:
+        scores = self._made_scores() if self._given_scores is None else self._checked_scores()
+        if self.is_writer:
+            scores.save(self.run.importance_prefix)
+            if self._with_report:
+                self._plot(scores)
+            remove_progress(self.run.importance_progress)
+        return {"num_components": len(scores.tool_importance)}
+
+    def _plot(self, scores: AbilityScores) -> None:
+        try:
+            scores.plot(self.run.importance_picture)
+        except ImportError as error:
+            self.observer.line(f"no {self.run.importance_picture.name}: {error}")
+
+    def _checked_scores(self) -> AbilityScores:
+        scores = self._given_scores
+        differing = differing_fields(scores.fingerprint, model_fingerprint(self.model.base))
+        if differing:
+            raise ValueError(
+                f"scores: wanted scores of {self.recipe.model}, got those of a model that differs "
+                f"in {', '.join(differing)}"
+            )
+        return scores
+
+    def _made_scores(self) -> AbilityScores:
         tool, general = read_training_samples(self.recipe)
-        scores = score_components(
+        return score_components(
             self.model.base,
             self.model.tokenizer,
             tool=tool,
@@ -164,14 +203,6 @@ class _Session:
             progress_file=self.run.importance_progress,
             group=process_group(),
         )
-        if self.is_writer:
-            scores.save(self.run.importance_prefix)
-            try:
-                scores.plot(self.run.importance_picture)
-            except ImportError as error:
-                self.observer.line(f"no {self.run.importance_picture.name}: {error}")
-            remove_progress(self.run.importance_progress)
-        return {"num_components": len(scores.tool_importance)}
 
     def _plan(self) -> Facts:
         scores = AbilityScores.load(self.run.importance_prefix)

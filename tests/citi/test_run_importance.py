@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from run_cases import tiny_recipe, without_figures
 
+from citi.importance.ability_scores import AbilityScores
 from citi.importance.progress_file import batches_done
 from citi.observer import RunObserver
 from citi.recipe import Recipe
@@ -100,3 +101,32 @@ def test_the_progress_of_several_processes_is_removed_too(recipe: Recipe) -> Non
     (run.path / "importance.progress.1-of-2").write_text("of a run of two")
     train(recipe)
     assert not list(run.path.glob("importance.progress*"))
+
+
+def test_given_scores_are_taken_instead_of_a_scoring(recipe: Recipe, tmp_path: Path) -> None:
+    scored = train(recipe)
+    scores = AbilityScores.load(scored.importance_prefix)
+    observer = Scoring()
+    other = dataclasses.replace(recipe, output=str(tmp_path / "other"))
+    run = train(other, observer=observer, scores=scores)
+    assert not observer.batches
+    assert files_of(run) == files_of(scored)
+
+
+def test_scores_of_another_model_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    scores = AbilityScores.load(train(recipe).importance_prefix)
+    foreign = dataclasses.replace(
+        scores, fingerprint=scores.fingerprint | {"weights_sha256": "0" * 64}
+    )
+    other = dataclasses.replace(recipe, output=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"scores: wanted scores of .* differs in weights_sha256"):
+        train(other, scores=foreign)
+
+
+def test_a_run_may_do_without_a_report(recipe: Recipe, monkeypatch) -> None:
+    monkeypatch.setattr("citi.report.build_report", lambda path: pytest.fail("built"))
+    monkeypatch.setattr(AbilityScores, "plot", lambda scores, path: pytest.fail("drawn"))
+    run = train(recipe, with_report=False)
+    phases = run.load_manifest().phases
+    assert "report" not in phases
+    assert "eval" in phases

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import citi.report
 from benchmarks.method import rate_search, run
 from benchmarks.method.data_sets import EVALUATION, TRAINING
 from benchmarks.method.row_config import RowConfig, load_row
 from benchmarks.method.run import Comparison, open_comparison
 from benchmarks.method.scale import Scale
-from citi.importance.ability_scores import AbilityScores
 from tiny import tiny_model, tiny_tokenizer
 
 TINY = Scale(
@@ -113,11 +111,9 @@ def first_rates(name: str) -> RowConfig:
 
 
 @contextmanager
-def without_search_and_figures() -> Iterator[None]:
-    """Both take longer than a tiny training, and have tests of their own."""
+def without_search() -> Iterator[None]:
+    """It takes longer than a tiny training, and has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(citi.report, "build_report", lambda path: None)
-        patch.setattr(AbilityScores, "plot", lambda scores, path: None)
         patch.setattr(run, "load_row", first_rates)
         patch.setattr(rate_search, "load_row", first_rates)
         yield

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from method_cases import TINY, first_rates, open_tiny, without_search_and_figures
+from method_cases import TINY, first_rates, open_tiny, without_search
 
 import citi.stage_training
 from benchmarks.method import run as run_module
@@ -39,7 +39,7 @@ class KillAt(RunObserver):
 
 @pytest.fixture(scope="module", autouse=True)
 def _fast():
-    with without_search_and_figures():
+    with without_search():
         yield
 
 

@@ -20,8 +20,7 @@ from citi.trainer import NonFiniteLossError
 def pattern(tmp_path: Path) -> Assignment:
     comparison = open_tiny(tmp_path, tmp_path / "out")
     row = load_row("lora")
-    folder = tmp_path / "work"
-    return Assignment(row, TINY, comparison.data, comparison.model, folder, 0, {}, TINY.steps)
+    return comparison.assignment(row, 0)
 
 
 def search(pattern: Assignment, row, folder: Path):
