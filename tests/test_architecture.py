@@ -16,6 +16,7 @@ ALL = [*KERNELS, *METHOD, *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
 KERNEL_LIBRARY_MAY_IMPORT = {"torch", "triton", "citi_kernels"}
 OPTIONAL = {"matplotlib", "rouge_score", "gguf", "trl", "triton", "datasets"}
+OPTIONAL |= {"liger_kernel", "scattermoe"}
 # device code needs Triton to be read at all; nobody imports it before it runs
 DEVICE_CODE = "triton_kernels"
 VAGUE = {"utils", "util", "common", "misc", "helpers", "helper", "experimental"}

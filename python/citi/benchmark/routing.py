@@ -23,7 +23,7 @@ from citi.benchmark.layer import (
     check_layer,
     trained_pass,
 )
-from citi.benchmark.peers import grouped_experts
+from citi.benchmark.peers import grouped_experts, scattermoe_experts
 from citi_kernels import molora_linear, use_backend
 from citi_kernels.testing import MoLoRACase, random_case
 
@@ -36,7 +36,7 @@ TOP_K_SIZES = {
 DECODED_TOKENS = (1, 4, 16, 64)
 DECODED_SIZE = {"cuda": (4096, 4096), "cpu": (1024, 1024)}
 _WAYS = ("update", "few", "decode")
-_LOOP, _GROUPED = "expert by expert", "grouped_mm"
+_LOOP, _GROUPED, _SCATTERED = "expert by expert", "grouped_mm", "ScatterMoE"
 
 _STANDS_FOR = {
     FROZEN: "nn.Linear",
@@ -44,6 +44,7 @@ _STANDS_FOR = {
     "all experts": "the same without top_k",
     _LOOP: "the torch backend: each expert on its own tokens",
     _GROUPED: "torch.nn.functional.grouped_mm, two products and an index_add",
+    _SCATTERED: "scattermoe.parallel_linear, twice",
 }
 
 
@@ -51,18 +52,22 @@ def top_k_suite(settings: Settings) -> Iterator[Group]:
     """Many experts of which each token keeps two."""
     shape, num_experts, r = TOP_K_SIZES[settings.device]
     for dtype in settings.dtypes:
-        reason = grouped_experts.why_not()
+        reasons = {
+            _GROUPED: grouped_experts.why_not(),
+            _SCATTERED: scattermoe_experts.why_not(settings.device),
+        }
+        skipped = {name: reason for name, reason in reasons.items() if reason is not None}
         yield Group(
             suite="top-k",
             settings={**shape._asdict(), "E": num_experts, "r": r, "k": TOP_K, "dtype": dtype},
             baseline=FROZEN,
-            make=partial(_make_top_k, dtype, settings.device, reason is None),
+            make=partial(_make_top_k, dtype, settings.device, tuple(skipped)),
             check=partial(
                 check_layer, shape, DTYPES[dtype], settings.device, num_experts, r, top_k=TOP_K
             ),
             stands_for=_STANDS_FOR,
             tokens=shape.T,
-            skipped={} if reason is None else {_GROUPED: reason},
+            skipped=skipped,
         )
 
 
@@ -90,7 +95,7 @@ def decode_suite(settings: Settings) -> Iterator[Group]:
             )
 
 
-def _make_top_k(dtype: str, device: str, has_grouped: bool) -> dict[str, Pass]:
+def _make_top_k(dtype: str, device: str, skipped: tuple[str, ...]) -> dict[str, Pass]:
     shape, num_experts, r = TOP_K_SIZES[device]
     case = random_case(
         *shape,
@@ -118,18 +123,14 @@ def _make_top_k(dtype: str, device: str, has_grouped: bool) -> dict[str, Pass]:
     }
     if device == "cuda":
         rows[_LOOP] = _on_backend("torch", ours(TOP_K))
-    if has_grouped:
-        grouped = partial(
-            grouped_experts.grouped_experts,
-            x,
-            weight,
-            a,
-            b,
-            router,
-            **case.options,
-            top_k=TOP_K,
-        )
-        rows[_GROUPED] = trained_pass(grouped, trained, [case.dy])
+    peers = {
+        _GROUPED: grouped_experts.grouped_experts,
+        _SCATTERED: scattermoe_experts.scattermoe_experts,
+    }
+    for name, peer in peers.items():
+        if name not in skipped:
+            call = partial(peer, x, weight, a, b, router, **case.options, top_k=TOP_K)
+            rows[name] = trained_pass(call, trained, [case.dy])
     return rows
 
 

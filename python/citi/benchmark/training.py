@@ -19,11 +19,13 @@ from citi.adapters import MoLoraConfig
 from citi.benchmark.group import DTYPES, Group, Pass, Settings
 from citi.benchmark.layer import Shape, check_layer
 from citi.benchmark.models import SIZES, loss_of, loss_of_frozen, random_batch, random_model
+from citi.benchmark.peers import liger
 from citi.components import find_components
 from citi.stages import MI, ROUTER, RP, UCO, Stage, apply_stage
 from citi_kernels import RoutingContext, router_loss
 
 FROZEN, BASE = "frozen model", "base model"
+_ON_LIGER = "PEFT LoRA + Liger"
 # model, sequences, tokens of each
 _TRAINED = {
     "cpu": (("tiny", 8, 128), ("smollm2-135m", 4, 128)),
@@ -39,6 +41,7 @@ _STANDS_FOR = {
     FROZEN: "forward and backward to the embedded tokens, nothing trained",
     "full fine-tuning": "all parameters trained",
     "PEFT LoRA": "PEFT, rank 8 on all linear components",
+    _ON_LIGER: "PEFT LoRA, Liger's kernels in the loss and between the components",
     "MOLoRA everywhere": "4 experts of rank 8 and a router on all linear components, stage MI",
     "CITI stage RP": "MOLoRA on the 20 % important components, routers trained",
     "CITI stage MI": "the same, routers and experts trained",
@@ -57,6 +60,10 @@ def training_suite(settings: Settings) -> Iterator[Group]:
     sizes = _TRAINED[settings.device]
     for name, num_sequences, num_tokens in sizes[:1] if settings.is_quick else sizes:
         dtype = settings.dtypes[0]
+        reasons = {
+            "full fine-tuning": _TOO_LARGE_TO_TRAIN.get(name),
+            _ON_LIGER: liger.why_not(settings.device),
+        }
         yield Group(
             suite="training",
             settings={"model": name, "batch": num_sequences, "tokens": num_tokens, "dtype": dtype},
@@ -65,9 +72,7 @@ def training_suite(settings: Settings) -> Iterator[Group]:
             check=partial(_check, name, dtype, settings.device),
             stands_for=_STANDS_FOR,
             tokens=num_sequences * num_tokens,
-            skipped={"full fine-tuning": _TOO_LARGE_TO_TRAIN[name]}
-            if name in _TOO_LARGE_TO_TRAIN
-            else {},
+            skipped={row: reason for row, reason in reasons.items() if reason is not None},
             is_cold=False,
         )
 
@@ -101,6 +106,8 @@ def _make_steps(name: str, shape: tuple[int, int], dtype: str, device: str) -> d
         "PEFT LoRA": _step(lora_model(_twin(base)), batch),
         "MOLoRA everywhere": _routed_step(molora_model(_twin(base), 1.0), batch, MI),
     }
+    if liger.why_not(device) is None:
+        rows[_ON_LIGER] = _step(lora_model(liger.liger(_twin(base))), batch)
     if name not in _TOO_LARGE_TO_TRAIN:
         rows["full fine-tuning"] = _step(copy.deepcopy(base).requires_grad_(True), batch)
     for stage in (RP, MI, UCO):
