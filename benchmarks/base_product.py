@@ -85,7 +85,9 @@ def assert_accurate(K: int, N: int, dtype: torch.dtype) -> dict[str, float]:
     """Largest share of the allowance used by each way; raises above 1."""
     from citi_kernels.triton_kernels.base_product import forced_base_product
 
-    case = random_case(CHECKED_TOKENS, K, N, dtype=dtype, bias=False, device="cuda")
+    case = random_case(
+        CHECKED_TOKENS, K, N, dtype=dtype, bias=False, device="cuda", drawn_on="cuda"
+    )
     used = {}
     for way in WAYS["forward"]:
         with (
@@ -113,6 +115,7 @@ def make_cases(
             bias=False,
             num_segments=None,
             device="cuda",
+            drawn_on="cuda",
             seed=seed,
         )
         for seed in range(num_copies)

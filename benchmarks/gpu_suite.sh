@@ -41,7 +41,7 @@ kernel_tests=(tests/citi_kernels/test_molora_linear.py tests/citi_kernels/test_m
   tests/citi_kernels/test_molora_linear_reliability.py tests/citi_kernels/test_molora_on_gpu.py
   tests/citi_kernels/test_layer.py tests/citi_kernels/test_importance_on_gpu.py
   tests/citi_kernels/test_importance_row_dots.py tests/citi_kernels/test_importance_parameters.py)
-bench=("$PYTHON" -m citi bench --device cuda --dtype bf16)
+bench=("$PYTHON" -m citi bench --device cuda --dtype bf16 --patience 2)
 # what needs no GPU was run where there is none
 triton_tests=(tests/citi_kernels/triton_kernels --ignore-glob '*/test_offline_compile.py'
   --ignore-glob '*/test_importance_kernels.py' --ignore-glob '*/test_launches.py' --ignore-glob '*/test_source.py')
@@ -59,7 +59,7 @@ command_of() {
       tests/citi_kernels/test_extended_gemm_on_hopper.py
       tests/citi_kernels/test_routed_gemm_on_hopper.py) ;;
     base_product) command=("$PYTHON" benchmarks/base_product.py --write) ;;
-    layer) command=("${bench[@]}" layer ceilings --seconds 2 --json "$OUT/layer.json") ;;
+    layer) command=("${bench[@]}" layer linears ceilings --seconds 2 --json "$OUT/layer.json") ;;
     routing) command=("${bench[@]}" top-k decode scaling --seconds 1 --json "$OUT/routing.json") ;;
     importance) command=("${bench[@]}" "importance ops" importance --seconds 2 --json "$OUT/importance.json") ;;
     training) command=("${bench[@]}" training generation --seconds 2 --json "$OUT/training.json") ;;

@@ -12,8 +12,9 @@ from citi_kernels.testing import random_case
 
 
 def main() -> None:
+    on_gpu = {"device": "cuda", "drawn_on": "cuda"}
     case = random_case(
-        8192, 4096, 4096, dtype=torch.bfloat16, bias=False, num_segments=None, device="cuda"
+        8192, 4096, 4096, dtype=torch.bfloat16, bias=False, num_segments=None, **on_gpu
     )
     trained = [each.requires_grad_() for each in (case.x, case.a, case.b, case.router)]
     y, _ = molora_linear(*case.operands, **case.options)

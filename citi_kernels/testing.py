@@ -192,6 +192,7 @@ def random_case(
     bias: bool = True,
     num_segments: int | None = 3,
     device: str | torch.device | None = None,
+    drawn_on: str | torch.device = "cpu",
     seed: int = 0,
     **options: Any,
 ) -> MoLoRACase:
@@ -207,15 +208,17 @@ def random_case(
         parameter_dtype: of a, b and router. Default: dtype.
         weight, bias: whether there is one.
         num_segments: B, tokens spread over them and one in eight in none; None: no segment_ids.
-        device: where the tensors go; they are drawn on the CPU. Default: PyTorch's default.
+        device: where the tensors go. Default: PyTorch's default.
+        drawn_on: where they are drawn; on the CPU the values are the same on every machine, on a
+            GPU large cases take no time.
         seed: of the draw.
         options: more keyword arguments of `molora_linear`.
     """
     device = torch.get_default_device() if device is None else device
-    generator = torch.Generator("cpu").manual_seed(seed)
+    source = {"generator": torch.Generator(drawn_on).manual_seed(seed), "device": drawn_on}
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cpu") * scale
+        return torch.randn(shape, **source) * scale
 
     parameter_dtype = parameter_dtype or dtype
     rank = num_experts * r
@@ -224,9 +227,8 @@ def random_case(
     options = {"num_experts": num_experts, "scaling": 2.0 / r, **options}
     dgate_sums = None
     if num_segments is not None:
-        on_cpu = {"generator": generator, "device": "cpu"}
-        ids = torch.randint(0, max(num_segments, 1), (num_tokens,), **on_cpu)
-        ids[torch.randint(0, 8, (num_tokens,), **on_cpu) == 0] = -1
+        ids = torch.randint(0, max(num_segments, 1), (num_tokens,), **source)
+        ids[torch.randint(0, 8, (num_tokens,), **source) == 0] = -1
         options |= {"segment_ids": ids.to(device), "num_segments": num_segments}
         wide = definition.gate_dtype(dtype)
         dgate_sums = draw(num_segments, num_experts + 1).to(device, wide)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from citi.benchmark import (
     importance,
     importance_ops,
     layer,
+    linears,
     routing,
     suites,
     training,
@@ -37,6 +39,7 @@ SHAPE = Shape(32, 24, 16)
 def small_suites(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every suite at sizes that take no time."""
     monkeypatch.setitem(layer.QUICK_SHAPES, "cpu", (SHAPE,))
+    monkeypatch.setitem(linears._QUICK, "cpu", ("tiny", 16))
     monkeypatch.setattr(layer, "_SCALED_SIZE", {"cpu": SHAPE})
     monkeypatch.setattr(layer, "SCALED", {"T": (8, 16), "experts": (1, 2), "rank": (4, 8)})
     monkeypatch.setitem(routing.TOP_K_SIZES, "cpu", (Shape(32, 32, 32), 4, 16))
@@ -107,6 +110,74 @@ def test_rows_are_timed_in_turn_and_divided_by_the_baseline_of_their_round() -> 
     ratios = [(8 * n + 5) / (8 * n + 1) for n in range(1, result.rounds + 1)]
     assert result.row("other").ratio["both"] == pytest.approx(sorted(ratios)[len(ratios) // 2])
     assert result.row("base").seconds["backward"] == 0.0
+
+
+def test_a_row_beyond_the_patience_is_timed_once_beside_the_baseline() -> None:
+    calls = {"base": 0, "fast": 0, "slow": 0}
+
+    def row(name: str, seconds: float) -> Pass:
+        def forward() -> None:
+            calls[name] += 1
+            time.sleep(seconds)
+
+        return Pass(forward)
+
+    passes = {"base": row("base", 0.06), "fast": row("fast", 0.0), "slow": row("slow", 0.06)}
+    result = measure(a_group(passes), replace(SETTINGS, patience=0.03))
+    # one call counts memory
+    assert calls == {"base": result.rounds + 2, "fast": result.rounds + 2, "slow": 2}
+    assert [row.rounds for row in result.rows] == [None, None, 1]
+    assert result.row("slow").ratio["both"] == pytest.approx(1.0, rel=0.5)
+    assert "timed once" in "\n".join(as_lines(result))
+    assert "slow: a row (timed once)" in "\n".join(as_markdown(result))
+
+
+def test_rows_that_are_not_asked_for_are_neither_made_nor_timed() -> None:
+    settings = replace(SETTINGS, without=(FROZEN, "expert loop", "einsum"))
+    result = measure(layer_group(SHAPE, "fp32", settings), settings)
+    names = {row.name for row in result.rows}
+    assert {FROZEN, OURS} <= names, "a baseline is timed all the same"
+    assert names.isdisjoint({"expert loop", "einsum"})
+    assert result.skipped["einsum"] == "not asked for"
+    group = next(training.training_suite(replace(settings, without=("PEFT LoRA",))))
+    assert "PEFT LoRA" not in group.make()
+
+
+def test_what_is_being_done_is_told_before_it_is_done() -> None:
+    told: list[str] = []
+    passes = {"base": Pass(lambda: told.append("ran"))}
+    group = a_group(passes, check=lambda: told.append("check") or 0.0)
+    measure(group, SETTINGS, told.append)
+    order = ["checking", "check", "checked; making the rows", "first calls of base", "ran"]
+    assert told[: len(order)] == order
+    assert told.index("timing") < told.index("ran", len(order))
+
+
+def test_large_cases_are_drawn_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def random_case(*shape: int, **options: object) -> None:
+        raise LookupError(options["device"], options["drawn_on"])
+
+    monkeypatch.setattr(layer, "random_case", random_case)
+    monkeypatch.setattr(routing, "random_case", random_case)
+    settings = replace(SETTINGS, device="cuda")
+    for suite in ("layer", "scaling", "top-k", "decode", "linears"):
+        group = next(iter(suites.SUITES[suite](settings)))
+        for call in (group.check,) if suite == "linears" else (group.check, group.make):
+            with pytest.raises(LookupError) as drawn:
+                call()
+            assert drawn.value.args == ("cuda", "cuda"), suite
+
+
+def test_models_are_checked_on_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    batch_of = importance.random_batch
+    monkeypatch.setattr(
+        importance,
+        "random_batch",
+        lambda name, shape, *a, **b: seen.append(shape) or batch_of(name, shape, *a, **b),
+    )
+    assert importance.importance_group("tiny", (64, 4096), "fp32", "cpu").check() <= 1.0
+    assert seen == [(importance.CHECKED_SEQUENCES, importance.CHECKED_TOKENS)]
 
 
 def test_memory_is_counted_without_parameters() -> None:
@@ -227,6 +298,48 @@ def test_a_wrong_op_is_named_and_ends_with_1(
     assert result.exit_code == 1
     assert "test · T 4: WRONG, not timed: y differs" in result.output
     assert [each.title for each in Record.load(file).results] == ["T 5"]
+
+
+def test_what_was_measured_is_in_the_file_after_every_group(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "results.json"
+    held: list[list[str]] = []
+
+    def group(number: int) -> Group:
+        def check() -> float:
+            held.append([each.title for each in Record.load(file).results] if number else [])
+            if number == 2:
+                raise KeyboardInterrupt
+            return 0.0
+
+        return a_group({"base": Pass(lambda: None)}, settings={"T": number}, check=check)
+
+    monkeypatch.setitem(suites.SUITES, "layer", lambda settings: map(group, range(3)))
+    result = citi("bench", "layer", "--device", "cpu", "--seconds", "0", "--json", str(file))
+    assert result.exit_code != 0
+    assert held == [[], ["T 0"], ["T 0", "T 1"]]
+    assert [each.title for each in Record.load(file).results] == ["T 0", "T 1"]
+
+
+def test_groups_are_chosen_by_a_text_of_their_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    def groups(settings: Settings) -> Iterator[Group]:
+        for name in ("one", "two", "three"):
+            passes = {"base": Pass(lambda: None), "other": Pass(lambda: None)}
+            yield a_group(passes, settings={"model": name})
+
+    monkeypatch.setitem(suites.SUITES, "layer", groups)
+    always = ("bench", "layer", "--device", "cpu", "--seconds", "0")
+    result = citi(*always, "--only", "model t", "--without", "other", "--patience", "9")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    titles = [line.split("   (")[0] for line in lines if line.startswith("test · ")]
+    assert titles == ["test · model two", "test · model three"]
+    assert any(line.endswith("s] test · model two: checking") for line in lines)
+    assert "  other   skipped: not asked for" in lines
+    result = citi(*always, "--only", "four")
+    assert result.exit_code == 2
+    assert "four: in no title; there are: model one" in " ".join(result.output.split())
 
 
 def test_an_unknown_suite_is_refused_before_anything_runs() -> None:

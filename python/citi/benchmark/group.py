@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ class Settings:
         seconds: of measurement for each group, beyond the warm-up.
         clock: "wall", or "cpu" for this process's CPU time alone, on a machine shared with others.
         compiles: whether the peers under torch.compile run, which compile for minutes.
+        patience: seconds; a row that takes longer is timed once, beside the baseline once.
+        without: rows that are not asked for; a baseline is timed all the same.
     """
 
     device: str = "cpu"
@@ -37,6 +40,12 @@ class Settings:
     seconds: float = 5.0
     clock: str = "wall"
     compiles: bool = False
+    patience: float = math.inf
+    without: tuple[str, ...] = ()
+
+    def wants(self, row: str, baseline: str) -> bool:
+        """Whether a row of a group with this baseline is asked for."""
+        return row == baseline or row not in self.without
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,8 @@ class Row:
         ratio: the same over the baseline of the same round.
         saved_bytes: kept by the forward for the backward, parameters apart.
         peak_bytes: most bytes of tensors alive at once, over those before the pass.
+        limit: (gate, goal) of its time over the baseline's, if the project set one.
+        rounds: 1 for a row that was too slow for more; None: in all rounds of the group.
     """
 
     name: str
@@ -96,6 +107,7 @@ class Row:
     saved_bytes: int
     peak_bytes: int
     limit: tuple[float, float] | None = None
+    rounds: int | None = None
 
 
 @dataclass(frozen=True)

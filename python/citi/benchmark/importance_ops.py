@@ -66,10 +66,10 @@ def importance_ops_suite(settings: Settings) -> Iterator[Group]:
 
 
 def _linear(shape: Shape, dtype: str, device: str) -> _Linear:
-    generator = torch.Generator("cpu").manual_seed(0)
+    source = {"generator": torch.Generator(device).manual_seed(0), "device": device}
 
     def draw(*size: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(size, generator=generator) * scale).to(device, DTYPES[dtype])
+        return (torch.randn(size, **source) * scale).to(DTYPES[dtype])
 
     x, weight = draw(shape.T, shape.K), draw(shape.N, shape.K, scale=shape.K**-0.5)
     g = draw(shape.T, shape.N)

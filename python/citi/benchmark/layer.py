@@ -141,6 +141,7 @@ def layer_group(
     if not settings.compiles:
         skipped["stacked, compiled"] = "not asked for: it compiles for minutes (--compile)"
     chosen = [name for name in rows or STANDS_FOR if name not in skipped]
+    chosen = [name for name in chosen if settings.wants(name, FROZEN)]
     T, K, N = shape
     element = torch.finfo(DTYPES[dtype]).bits // 8
     experts = {"E": num_experts, "r": r} if suite == "scaling" else {}
@@ -176,6 +177,7 @@ def check_layer(
         dtype=dtype,
         bias=False,
         device=device,
+        drawn_on=device,
         **options,
     )
     with contextlib.redirect_stdout(io.StringIO()):
@@ -215,6 +217,7 @@ def _make(
         bias=False,
         num_segments=8,
         device=device,
+        drawn_on=device,
     )
     # as in a model: what is kept of parameters is no memory of the layer's
     frozen = nn.Parameter(case.weight, requires_grad=False)

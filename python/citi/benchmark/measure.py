@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,32 +35,43 @@ _QUEUED_CYCLES = 12_000_000
 _FLUSHED_BYTES = {"cpu": 2**26, "cuda": 2**28}
 
 Times = dict[str, float]
+Round = dict[str, Times]
 
 
-def measure(group: Group, settings: Settings) -> Result:
+class _Rounds(NamedTuple):
+    """`last` is the last round before the others, with the rows that these leave out."""
+
+    last: Round
+    others: list[Round]
+
+    def of(self, name: str) -> list[Round]:
+        return self.others if name in self.others[0] else [self.last]
+
+
+def measure(
+    group: Group, settings: Settings, note: Callable[[str], None] = lambda text: None
+) -> Result:
     """Check, then time the rows of `group`.
 
+    Args:
+        note: told what has been done, so that a run that is cut off says where it was.
     Raises:
         AssertionError: a row of ours is wrong; nothing was timed.
     """
+    note("checking")
     accuracy_used = group.check()
+    gc.collect()
+    note("checked; making the rows")
     passes = group.make()
-    memory = {name: _memory(each, settings.device) for name, each in passes.items()}
+    passes = {n: each for n, each in passes.items() if settings.wants(n, group.baseline)}
+    memory = {}
+    for name, each in passes.items():
+        note(f"first calls of {name}")
+        memory[name] = _memory(each, settings.device)
+    note("timing")
     rounds = _rounds(passes, group, settings)
-    rows = tuple(
-        Row(
-            name=name,
-            stands_for=group.stands_for[name],
-            seconds={
-                part: _median(rounds, lambda each, n=name, p=part: each[n][p]) for part in PARTS
-            },
-            ratio=_ratios(rounds, name, group.baseline),
-            saved_bytes=memory[name][0],
-            peak_bytes=memory[name][1],
-            limit=group.limits.get(name),
-        )
-        for name in passes
-    )
+    note(f"timed, {len(rounds.others)} rounds")
+    rows = tuple(_row(group, name, rounds, memory[name]) for name in passes)
     del passes
     gc.collect()
     return Result(
@@ -70,10 +82,25 @@ def measure(group: Group, settings: Settings) -> Result:
         tokens=group.tokens,
         flops=group.flops,
         bytes=group.bytes,
-        rounds=len(rounds),
+        rounds=len(rounds.others),
         accuracy_used=accuracy_used,
         rows=rows,
-        skipped=dict(group.skipped),
+        skipped=dict(group.skipped)
+        | {n: "not asked for" for n in group.stands_for if not settings.wants(n, group.baseline)},
+    )
+
+
+def _row(group: Group, name: str, rounds: _Rounds, memory: tuple[int, int]) -> Row:
+    timed = rounds.of(name)
+    return Row(
+        name=name,
+        stands_for=group.stands_for[name],
+        seconds={part: _median(timed, lambda each, p=part: each[name][p]) for part in PARTS},
+        ratio=_ratios(timed, name, group.baseline),
+        saved_bytes=memory[0],
+        peak_bytes=memory[1],
+        limit=group.limits.get(name),
+        rounds=None if timed is rounds.others else 1,
     )
 
 
@@ -119,26 +146,33 @@ def _timed_on_gpu(each: Pass) -> Times:
     }
 
 
-def _rounds(passes: dict[str, Pass], group: Group, settings: Settings) -> list[dict[str, Times]]:
-    def one_round() -> dict[str, Times]:
-        return {name: timed(each, settings, is_cold=group.is_cold) for name, each in passes.items()}
+def _rounds(passes: dict[str, Pass], group: Group, settings: Settings) -> _Rounds:
+    """One or two rounds to warm up, and the others without the rows that are too slow."""
 
-    start = time.perf_counter()
-    one_round()
-    warm_up = time.perf_counter() - start
-    if warm_up < settings.seconds:
+    def one_round() -> tuple[float, Round]:
         start = time.perf_counter()
-        one_round()
-        warm_up = time.perf_counter() - start
-    wanted = int(settings.seconds / warm_up) if warm_up else MAX_ROUNDS
-    return [one_round() for _ in range(min(MAX_ROUNDS, max(MIN_ROUNDS, wanted)))]
+        done = {name: timed(each, settings, is_cold=group.is_cold) for name, each in kept.items()}
+        return time.perf_counter() - start, done
+
+    kept = passes
+    warm_up, last = one_round()
+    too_slow = {name for name, each in last.items() if each["both"] > settings.patience}
+    too_slow.discard(group.baseline)
+    if too_slow:
+        warm_up -= sum(last[name]["both"] for name in too_slow)
+        kept = {name: each for name, each in passes.items() if name not in too_slow}
+    if warm_up < settings.seconds:
+        warm_up, _ = one_round()
+    wanted = int(settings.seconds / warm_up) if warm_up > 0 else MAX_ROUNDS
+    count = min(MAX_ROUNDS, max(MIN_ROUNDS, wanted))
+    return _Rounds(last, [one_round()[1] for _ in range(count)])
 
 
-def _median(rounds: list[dict[str, Times]], of: Callable[[dict[str, Times]], float]) -> float:
+def _median(rounds: list[Round], of: Callable[[Round], float]) -> float:
     return statistics.median(map(of, rounds))
 
 
-def _ratios(rounds: list[dict[str, Times]], name: str, baseline: str) -> Times:
+def _ratios(rounds: list[Round], name: str, baseline: str) -> Times:
     """Of the parts that the baseline has."""
     return {
         part: _median(rounds, lambda each, p=part: each[name][p] / each[baseline][p])

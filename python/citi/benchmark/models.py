@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import copy
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 
@@ -49,6 +50,17 @@ def random_model(
     torch.manual_seed(seed)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def twin_of(model: Model) -> Model:
+    """Another model on the same weights; adapters put into one do not show in the other.
+
+    PEFT copies the components that are trained whole.
+    """
+    return copy.deepcopy(model, memo={id(each): each for each in model.parameters()})
 
 
 def random_batch(

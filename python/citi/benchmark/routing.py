@@ -105,6 +105,7 @@ def _make_top_k(dtype: str, device: str, skipped: tuple[str, ...]) -> dict[str, 
         bias=False,
         num_segments=None,
         device=device,
+        drawn_on=device,
     )
     x, weight, _, a, b, router = (
         None if each is None else nn.Parameter(each) for each in case.operands
@@ -143,7 +144,14 @@ def _on_backend(name: str, each: Pass) -> Pass:
 
 
 def _make_decode(shape: Shape, dtype: str, device: str) -> dict[str, Pass]:
-    case = random_case(*shape, dtype=DTYPES[dtype], bias=False, num_segments=None, device=device)
+    case = random_case(
+        *shape,
+        dtype=DTYPES[dtype],
+        bias=False,
+        num_segments=None,
+        device=device,
+        drawn_on=device,
+    )
     rows = {FROZEN: lambda: F.linear(case.x, case.weight)}
     if device == "cpu":
         rows[OURS] = partial(_decoded, case, None)

@@ -22,7 +22,8 @@ def as_lines(result: Result) -> list[str]:
     lines.append(f"  {'':{width}}{columns}   {over}")
     for row in result.rows:
         ratios = "".join(f"{row.ratio[part]:10.3f}" for part in parts)
-        lines.append(f"  {row.name:{width}}{ratios}   {_absolute(row, result)}{verdict(row)}")
+        once = "   timed once" if row.rounds == 1 else ""
+        lines.append(f"  {row.name:{width}}{ratios}   {_absolute(row, result)}{verdict(row)}{once}")
     lines += [f"  {name:{width}}   skipped: {reason}" for name, reason in result.skipped.items()]
     return lines
 
@@ -42,7 +43,7 @@ def as_markdown(result: Result) -> list[str]:
         lines.append(
             table_line(
                 [
-                    f"{name}: {row.stands_for}",
+                    f"{name}: {row.stands_for}" + (" (timed once)" if row.rounds == 1 else ""),
                     *(f"{row.ratio[part]:.2f}" for part in parts),
                     f"{1e3 * row.seconds['both']:.3g}{speed}",
                     (f"{_mib(row.saved_bytes)}; " if keeps else "") + _mib(row.peak_bytes),

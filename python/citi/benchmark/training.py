@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 from citi.adapters import MoLoraConfig
 from citi.benchmark.group import DTYPES, Group, Pass, Settings
 from citi.benchmark.layer import Shape, check_layer
-from citi.benchmark.models import SIZES, loss_of, loss_of_frozen, random_batch, random_model
+from citi.benchmark.models import (
+    SIZES,
+    loss_of,
+    loss_of_frozen,
+    random_batch,
+    random_model,
+    twin_of,
+)
 from citi.benchmark.peers import liger
 from citi.components import find_components
 from citi.stages import MI, ROUTER, RP, UCO, Stage, apply_stage
@@ -68,7 +75,7 @@ def training_suite(settings: Settings) -> Iterator[Group]:
             suite="training",
             settings={"model": name, "batch": num_sequences, "tokens": num_tokens, "dtype": dtype},
             baseline=FROZEN,
-            make=partial(_make_steps, name, (num_sequences, num_tokens), dtype, settings.device),
+            make=partial(_make_steps, name, (num_sequences, num_tokens), dtype, settings),
             check=partial(_check, name, dtype, settings.device),
             stands_for=_STANDS_FOR,
             tokens=num_sequences * num_tokens,
@@ -86,7 +93,7 @@ def generation_suite(settings: Settings) -> Iterator[Group]:
         suite="generation",
         settings={"model": name, "new tokens": _NEW_TOKENS[settings.device], "dtype": dtype},
         baseline=BASE,
-        make=partial(_make_generation, name, dtype, settings.device),
+        make=partial(_make_generation, name, dtype, settings),
         check=partial(_check, name, dtype, settings.device),
         stands_for=_GENERATES,
         tokens=_NEW_TOKENS[settings.device],
@@ -99,29 +106,37 @@ def _check(name: str, dtype: str, device: str) -> float:
     return check_layer(Shape(32, hidden, hidden), DTYPES[dtype], device, 4, 8)
 
 
-def _make_steps(name: str, shape: tuple[int, int], dtype: str, device: str) -> dict[str, Pass]:
+def _make_steps(
+    name: str, shape: tuple[int, int], dtype: str, settings: Settings
+) -> dict[str, Pass]:
+    """All rows on one base model: the weights of an 8B model fill a fifth of a large GPU."""
+    device = settings.device
     base, batch = random_model(name, DTYPES[dtype], device), random_batch(name, shape, device)
-    rows = {
-        FROZEN: Pass(partial(loss_of_frozen, base, batch), lambda loss: loss.backward()),
-        "PEFT LoRA": _step(lora_model(_twin(base)), batch),
-        "MOLoRA everywhere": _routed_step(molora_model(_twin(base), 1.0), batch, MI),
+
+    def staged(stage: Stage, important: float) -> Pass:
+        return _routed_step(molora_model(twin_of(base), important), batch, stage)
+
+    makers = {
+        FROZEN: lambda: Pass(partial(loss_of_frozen, base, batch), lambda loss: loss.backward()),
+        "PEFT LoRA": lambda: _step(lora_model(twin_of(base)), batch),
+        "MOLoRA everywhere": lambda: staged(MI, 1.0),
+        "full fine-tuning": lambda: _step(copy.deepcopy(base).requires_grad_(True), batch),
+    } | {
+        f"CITI stage {stage.name.upper()}": partial(staged, stage, _IMPORTANT)
+        for stage in (RP, MI, UCO)
     }
     if liger.why_not(device) is None:
-        rows[_ON_LIGER] = _step(lora_model(liger.liger(_twin(base))), batch)
-    if name not in _TOO_LARGE_TO_TRAIN:
-        rows["full fine-tuning"] = _step(copy.deepcopy(base).requires_grad_(True), batch)
-    for stage in (RP, MI, UCO):
-        model = molora_model(_twin(base), _IMPORTANT)
-        rows[f"CITI stage {stage.name.upper()}"] = _routed_step(model, batch, stage)
-    return rows
+        makers[_ON_LIGER] = lambda: _step(lora_model(liger.liger(twin_of(base))), batch)
+    if name in _TOO_LARGE_TO_TRAIN:
+        del makers["full fine-tuning"]
+    return _asked_for(makers, settings, FROZEN)
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Another model on the same weights; adapters put into one do not show in the other.
-
-    PEFT copies the components that are trained whole.
-    """
-    return copy.deepcopy(model, memo={id(each): each for each in model.parameters()})
+def _asked_for(
+    makers: dict[str, Callable[[], Pass]], settings: Settings, baseline: str
+) -> dict[str, Pass]:
+    """An adapted model takes seconds to make, and its optimizer memory."""
+    return {row: make() for row, make in makers.items() if settings.wants(row, baseline)}
 
 
 def _step(model: nn.Module, batch: dict[str, Tensor]) -> Pass:
@@ -178,14 +193,15 @@ def molora_model(model: PreTrainedModel, important: float) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def _make_generation(name: str, dtype: str, device: str) -> dict[str, Pass]:
+def _make_generation(name: str, dtype: str, settings: Settings) -> dict[str, Pass]:
+    device = settings.device
     base = random_model(name, DTYPES[dtype], device)
     prompt = random_batch(name, (1, 16), device)["input_ids"]
     models = {
-        BASE: base,
-        "PEFT LoRA": lora_model(_twin(base)),
-        "MOLoRA everywhere": molora_model(_twin(base), 1.0),
-        "CITI": molora_model(_twin(base), _IMPORTANT),
+        BASE: lambda: base,
+        "PEFT LoRA": lambda: lora_model(twin_of(base)),
+        "MOLoRA everywhere": lambda: molora_model(twin_of(base), 1.0),
+        "CITI": lambda: molora_model(twin_of(base), _IMPORTANT),
     }
     number = _NEW_TOKENS[device]
 
@@ -199,4 +215,7 @@ def _make_generation(name: str, dtype: str, device: str) -> dict[str, Pass]:
             max_new_tokens=number,
         )
 
-    return {row: Pass(partial(generate, model)) for row, model in models.items()}
+    makers = {
+        row: lambda make=make: Pass(partial(generate, make())) for row, make in models.items()
+    }
+    return _asked_for(makers, settings, BASE)
