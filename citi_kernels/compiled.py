@@ -66,8 +66,10 @@ def vector(tensor: Tensor | None) -> tuple[int, int, int, int] | None:
     return (*_place(tensor), tensor.numel())
 
 
-def indices(tensor: Tensor) -> tuple[int, int, int]:
-    """What `_C` takes for a contiguous tensor of int32."""
+def indices(tensor: Tensor | None) -> tuple[int, int, int] | None:
+    """What `_C` takes for a contiguous tensor of int32, or for none."""
+    if tensor is None:
+        return None
     assert tensor.is_contiguous()
     assert tensor.dtype == torch.int32
     num_bytes = tensor.untyped_storage().nbytes() - tensor.storage_offset() * 4

@@ -9,6 +9,8 @@ CITI_EXTENDED_GEMM 0: the backend "cuda" leaves the base product to cuBLAS and a
                   place, also where one GEMM of ours could compute both (Hopper).
 CITI_ROUTED_GEMM  0: ranks and gates come from passes of their own also where that GEMM could make
                   them.
+CITI_TRIALS       names, between commas, of ways of the backend "cuda" that await a measurement, see
+                  `TRIALS`; results are the same but for the order of sums.
 """
 
 from __future__ import annotations
@@ -20,3 +22,10 @@ INTERPRETS: bool = os.environ.get("TRITON_INTERPRET") == "1"
 CPU_FEATURES: str = os.environ.get("CITI_CPU_FEATURES", "")
 EXTENDED_GEMM: bool = os.environ.get("CITI_EXTENDED_GEMM") != "0"
 ROUTED_GEMM: bool = os.environ.get("CITI_ROUTED_GEMM") != "0"
+# down_beside    da and drouter begin beside the GEMM, as soon as all of dz is there
+# fit_up         db takes no wider products than its rank needs
+# fit_narrow     the GEMM's gradient of ranks takes none wider than 32 columns
+# keep_weight    L2 keeps weight rather than the output of the GEMM
+# zeros_in_pack  one launch packs the stack and clears the counts
+# group_N        the GEMM goes through all columns with N tiles of rows at a time (8 without)
+TRIALS: frozenset[str] = frozenset(filter(None, os.environ.get("CITI_TRIALS", "").split(",")))

@@ -125,6 +125,10 @@ std::string Invalid(const ExtendedGemm& gemm) {
   }
   check(names.out, gemm.out, gemm.num_rows, gemm.num_columns);
   if (problem.empty()) problem = InvalidBias(gemm);
+  if (problem.empty() && (gemm.order.group_rows < 0 || gemm.order.group_rows > kMaxGroupRows)) {
+    problem = "order: groups must have 0 to " + std::to_string(kMaxGroupRows) + " rows, got " +
+              std::to_string(gemm.order.group_rows);
+  }
   if (problem.empty()) problem = InvalidOverlap(gemm);
   return problem;
 }

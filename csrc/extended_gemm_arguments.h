@@ -19,6 +19,13 @@ namespace citi {
 constexpr int64_t kMaxExtension = 256;
 constexpr int64_t kTmaAlignment = 16;
 
+// In which order tiles are made, and what L2 keeps; the result is the same.
+struct GemmOrder {
+  int64_t group_rows;  // tiles of rows that go through all columns together; 0: as measured best
+  bool keeps_right;    // L2 keeps right rather than out
+};
+constexpr int64_t kMaxGroupRows = 1024;
+
 // out (rows, columns) = left (rows, depth) · right + more_left (rows, more) · more_right + bias
 struct ExtendedGemm {
   bool is_input_gradient;  // right is (depth, columns), more_right (more, columns); no bias
@@ -32,6 +39,7 @@ struct ExtendedGemm {
   Matrix more_left;   // not looked at where more is 0
   Matrix more_right;  // not looked at where more is 0
   Matrix out;         // overwritten
+  GemmOrder order;
 };
 
 // The problem of a linear layer, or of its input gradient.

@@ -15,13 +15,6 @@
 
 namespace citi {
 
-// int32, read by a device alone: a wrong entry is no error, its slot is left out.
-struct Indices {
-  const int32_t* data;
-  int64_t num_bytes;
-  int64_t size;
-};
-
 struct Routing {
   int64_t num_tokens;
   int64_t num_experts;

@@ -32,6 +32,7 @@ struct RoutedGemm {
   Vector dgate;    // (T, G) of an input gradient, or none: zero
   Indices counts;  // a counter for each kRowsOfCount rows, 0 when the kernel begins
   float scaling;
+  bool fits_narrow;  // products with b are no wider than needed
 };
 
 // The problem of a linear layer, or of its input gradient, without its tensors.

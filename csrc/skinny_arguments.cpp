@@ -93,6 +93,29 @@ std::string InvalidCount(const std::string& name, int64_t count, int64_t most) {
   return name + ": must be in [1, " + std::to_string(most) + "], got " + std::to_string(count);
 }
 
+// 32-bit numbers that the GPU counts in; null: left out. size: 0 where any will do.
+std::string InvalidNumbers(const std::string& name, const Indices& numbers, int64_t size) {
+  if (numbers.data == nullptr) return "";
+  if (reinterpret_cast<uintptr_t>(numbers.data) % sizeof(int32_t) != 0) {
+    return name + ": data must be aligned to its dtype";
+  }
+  if (size != 0 && numbers.size != size) {
+    return name + ": must have " + std::to_string(size) + " entries, got " +
+           std::to_string(numbers.size);
+  }
+  const int64_t most = numbers.num_bytes / int64_t{sizeof(int32_t)};
+  if (numbers.size < 1 || numbers.size > most) {
+    return name + ": must stay within the " + std::to_string(numbers.num_bytes) +
+           " bytes of its storage";
+  }
+  return "";
+}
+
+// As fp32, which has as many bytes.
+Vector AsBytes(const Indices& numbers) {
+  return {const_cast<int32_t*>(numbers.data), numbers.num_bytes, DType::kFloat32, numbers.size};
+}
+
 }  // namespace
 
 std::string InvalidSize(const std::string& name, int64_t size, int64_t most) {
@@ -132,7 +155,10 @@ std::string Invalid(const PackArguments& s) {
     problem = InvalidMatrix("sources", each.matrix, each.num_rows, each.num_columns);
     tensors.push_back({"sources", AsBytes(each.matrix, each.num_rows, each.num_columns)});
   }
-  return problem.empty() ? InvalidOverlap(tensors, 1) : problem;
+  if (problem.empty()) problem = InvalidNumbers("zeros", s.zeros, 0);
+  if (!problem.empty()) return problem;
+  tensors.insert(tensors.begin(), {"zeros", AsBytes(s.zeros)});
+  return InvalidOverlap(tensors, 2);
 }
 
 std::string Invalid(const ShrinkArguments& s, int64_t num_splits) {
@@ -207,13 +233,22 @@ std::string Invalid(const FactorArguments& s, int64_t num_tiles, int64_t num_sha
         {InvalidTensor("b", s.b, s.wide.dtype, {s.num_columns, s.num_ranks}),
          InvalidTensor("du", s.du, DType::kFloat32, {num_tiles, s.num_tokens, s.num_narrow})});
   }
+  if (problem.empty() && s.counts.data != nullptr && s.done.data == nullptr) {
+    return "counts: come with done";
+  }
+  if (problem.empty()) {
+    problem = First({InvalidNumbers("counts", s.counts, 0),
+                     InvalidNumbers("done", s.done, num_tiles * num_shares)});
+  }
   if (!problem.empty()) return problem;
   return InvalidOverlap({{"parts", s.parts},
                          {"du", s.du},
+                         {"done", AsBytes(s.done)},
+                         {"counts", AsBytes(s.counts)},
                          {"b", s.b},
                          {"wide", AsBytes(s.wide, s.num_tokens, s.num_columns)},
                          {"narrow", AsBytes(s.narrow, s.num_tokens, s.num_narrow)}},
-                        2);
+                        3);
 }
 
 std::string Invalid(const ScaleArguments& s) {

@@ -45,7 +45,8 @@ struct PackedMatrix {
 struct PackArguments {
   int64_t num_rows, num_columns;  // columns a multiple of 8
   std::vector<PackedMatrix> sources;
-  Vector out;  // (rows, columns)
+  Vector out;          // (rows, columns)
+  Indices zeros = {};  // become 0, or none
 };
 
 // gate = softmax(router x), h = a x, u = scaling · h ⊙ repeat(gate[1:], r).
@@ -84,6 +85,11 @@ struct FactorArguments {
   Vector du;             // (tiles, T, V), or none
   Vector parts;          // (shares, N, V)
   std::optional<Dropout> dropout;
+  // Beside the kernel that makes narrow: its counts, and which parts are there, zeros before.
+  // Behind both, without counts: the parts that are not there yet.
+  Indices counts = {};
+  Indices done = {};         // (tiles · shares), or none: all parts are made
+  bool fits_narrow = false;  // products with narrow are no wider than needed
 };
 
 // u from h and the gates.

@@ -29,6 +29,13 @@ struct Vector {
   int64_t size;
 };
 
+// int32, read by a device alone: a wrong entry is no error, its slot is left out.
+struct Indices {
+  const int32_t* data;
+  int64_t num_bytes;
+  int64_t size;
+};
+
 // What is wrong, beginning with the name, or "". Sizes are at most kMaxElements; without an element
 // there is no address to check.
 std::string InvalidMatrix(const std::string& name, const Matrix& matrix, int64_t num_rows,

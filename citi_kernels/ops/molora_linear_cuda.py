@@ -204,11 +204,15 @@ def _routed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, N), h (T, R) and probs (T, G)."""
     x_TK, weight_NK, bias_N, a_RK, b_NR, router_GK = operands
-    stack_ZK = skinny.stack(a_RK, router_GK, sizes, x_TK.dtype)
     aligned_TK = skinny.aligned(x_TK)
     # else x was given columns of zeros, which weight does not have
     is_as_wide = aligned_TK.shape == x_TK.shape
-    if is_as_wide and takes_routed(aligned_TK, weight_NK, sizes, settings, bias_N):
+    is_routed = is_as_wide and takes_routed(aligned_TK, weight_NK, sizes, settings, bias_N)
+    counts = None
+    if is_routed and "zeros_in_pack" in environment.TRIALS:
+        counts = x_TK.new_empty(routed_gemm_cuda.num_counts(sizes.T), dtype=torch.int32)
+    stack_ZK = skinny.stack(a_RK, router_GK, sizes, x_TK.dtype, counts)
+    if is_routed:
         y_TN, h_TR, _, probs_TG = routed_gemm_cuda.routed_linear(
             aligned_TK,
             weight_NK,
@@ -217,6 +221,7 @@ def _routed(
             extended_gemm_cuda.aligned_rows(b_NR.to(x_TK.dtype)),
             sizes,
             settings,
+            counts,
         )
         return y_TN.contiguous(), h_TR, probs_TG
     h_TR, u_TP, probs_TG = skinny.shrink_route(aligned_TK, stack_ZK, sizes, settings)

@@ -94,9 +94,16 @@ def _gradients_routed(
     beside: Beside,
 ) -> Factors:
     """dx and dz from one GEMM, db beside it; then those of a and router, which need all of dz."""
-    stack_ZK = skinny.stack(operands.a, operands.router, sizes, dy_TN.dtype)
+    early = _early_down_gradients(dy_TN, operands, sizes, needs)
+    cleared = early.numbers if "zeros_in_pack" in environment.TRIALS else None
+    if cleared is None:
+        early.numbers.zero_()
+    stack_ZK = skinny.stack(operands.a, operands.router, sizes, dy_TN.dtype, cleared)
     b_NR = extended_gemm_cuda.aligned_rows(operands.b.to(dy_TN.dtype))
     db_NR = _up_gradient_beside(dy_TN, operands, saved, sizes, settings, needs, beside)
+    dz_TZ, parts_CKV = dy_TN.new_empty(sizes.T, sizes.Z), None
+    if early.done.numel():
+        parts_CKV = _down_parts(dz_TZ, operands, sizes, settings, needs, beside, early)
     with beside:
         dx_TK, dz_TZ = routed_gemm_cuda.routed_input_gradient(
             dy_TN,
@@ -108,9 +115,29 @@ def _gradients_routed(
             stack_ZK[:, : operands.a.shape[1]],
             sizes,
             settings,
+            early.counts,
+            dz_TZ,
         )
-    da_RK, drouter_GK = _down_gradients(dz_TZ, operands, sizes, settings, needs)
+    if parts_CKV is None:
+        da_RK, drouter_GK = _down_gradients(dz_TZ, operands, sizes, settings, needs)
+    else:
+        early.rest()
+        da_RK, drouter_GK = _down_sums(parts_CKV, operands, sizes, needs)
     return dx_TK, da_RK, db_NR, drouter_GK
+
+
+def _early_down_gradients(
+    dy_TN: Tensor, operands: Operands, sizes: skinny.Sizes, needs: Needs
+) -> skinny.Early:
+    """Numbers of the GEMM's counts, and of the blocks that begin beside it, none by default."""
+    num_parts = 0
+    if "down_beside" in environment.TRIALS and (needs.a or needs.router):
+        first, last = _columns_of_down(sizes, needs)
+        num_inputs = skinny.padded(operands.x.shape[1])
+        num_parts = skinny.num_parts(sizes.T, num_inputs, last - first)
+    num_counts = routed_gemm_cuda.num_counts(sizes.T)
+    numbers = dy_TN.new_empty(num_counts + num_parts, dtype=torch.int32)
+    return skinny.Early(numbers, numbers[:num_counts], numbers[num_counts:])
 
 
 def _up_gradient_beside(
@@ -205,15 +232,44 @@ def _down_gradients(
     """da (R, K) and drouter (G, K), each if asked for."""
     if not (needs.a or needs.router):
         return None, None
-    x_TK, K = skinny.aligned(operands.x), operands.x.shape[1]
-    first, last = 0 if needs.a else sizes.P, sizes.Z if needs.router else sizes.P
+    parts_CKV = _down_parts(dz_TZ, operands, sizes, settings, needs, beside)
+    return _down_sums(parts_CKV, operands, sizes, needs, beside)
+
+
+def _columns_of_down(sizes: skinny.Sizes, needs: Needs) -> tuple[int, int]:
+    """Of dz: where those of a and router begin and end, of what is asked for."""
+    return 0 if needs.a else sizes.P, sizes.Z if needs.router else sizes.P
+
+
+def _down_parts(
+    dz_TZ: Tensor,
+    operands: Operands,
+    sizes: skinny.Sizes,
+    settings: Settings,
+    needs: Needs,
+    beside: Beside | None = None,
+    early: skinny.Early | None = None,
+) -> Tensor:
+    first, last = _columns_of_down(sizes, needs)
     parts_CKV, _ = skinny.factor_gradients(
-        x_TK,
+        skinny.aligned(operands.x),
         dz_TZ[:, first:last],
         rank_columns=sizes.P if needs.a else 0,
         settings=settings if needs.a else None,
         beside=beside,
+        early=early,
     )
+    return parts_CKV
+
+
+def _down_sums(
+    parts_CKV: Tensor,
+    operands: Operands,
+    sizes: skinny.Sizes,
+    needs: Needs,
+    beside: Beside | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    first, K = _columns_of_down(sizes, needs)[0], operands.x.shape[1]
     wanted = []
     if needs.a:
         wanted.append(skinny.Columns(0, sizes.R, operands.a.dtype, is_transposed=True))

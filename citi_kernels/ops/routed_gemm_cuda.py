@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from citi_kernels import compiled
+from citi_kernels import compiled, environment
 from citi_kernels.ops import extended_gemm_cuda
 from citi_kernels.ops.molora_linear_contract import Settings
 from citi_kernels.ops.skinny_cuda import Sizes
@@ -64,6 +64,7 @@ def routed_linear(
     b_NR: Tensor,
     sizes: Sizes,
     settings: Settings,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (T, N), h (T, R), u (T, P), zeros from R on, and probs (T, G); where `why_not` is None.
 
@@ -76,6 +77,7 @@ def routed_linear(
             are not read.
         sizes: of the layer.
         settings: of the layer.
+        counts: zeros, `num_counts` of them in int32; made here where there are none.
 
     Raises:
         ValueError: an argument does not fit the others.
@@ -95,8 +97,9 @@ def routed_linear(
         h=compiled.vector(h_TR),
         u=compiled.vector(u_TP),
         probs=compiled.vector(probs_TG),
-        counts=compiled.indices(_counts(x_TK)),
+        counts=compiled.indices(_counts(x_TK) if counts is None else counts),
         scaling=settings.scaling,
+        order=_order(),
         **compiled.launch_place(x_TK),
     )
     return y_TN, h_TR, u_TP, probs_TG
@@ -112,6 +115,8 @@ def routed_input_gradient(
     stack_ZK: Tensor,
     sizes: Sizes,
     settings: Settings,
+    counts: Tensor | None = None,
+    dz_TZ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx (T, K) and dz (T, Z), as `skinny_cuda.rank_gradients` has it; where `why_not` is None.
 
@@ -125,13 +130,15 @@ def routed_input_gradient(
         stack_ZK: as in `routed_linear`.
         sizes: of the layer.
         settings: of the layer.
+        counts: as in `routed_linear`; each is 2 when dz of its rows is there.
+        dz_TZ: memory for dz, or none.
 
     Raises:
         ValueError: an argument does not fit the others.
     """
     T, N = dy_TN.shape
     dx_TK = extended_gemm_cuda.aligned_empty(dy_TN, weight_NK.shape[1])
-    dz_TZ = dy_TN.new_empty(T, sizes.Z)
+    dz_TZ = dy_TN.new_empty(T, sizes.Z) if dz_TZ is None else dz_TZ
     compiled.extension().routed_input_gradient_cuda(
         shape=(*sizes.shape, weight_NK.shape[1], N),
         dy=compiled.matrix(dy_TN),
@@ -143,8 +150,10 @@ def routed_input_gradient(
         stack=compiled.matrix(stack_ZK),
         dx=compiled.matrix(dx_TK),
         dz=compiled.vector(dz_TZ),
-        counts=compiled.indices(_counts(dy_TN)),
+        counts=compiled.indices(_counts(dy_TN) if counts is None else counts),
         scaling=settings.scaling,
+        order=_order(),
+        fits_narrow="fit_narrow" in environment.TRIALS,
         **compiled.launch_place(dy_TN),
     )
     return dx_TK, dz_TZ
@@ -152,4 +161,15 @@ def routed_input_gradient(
 
 def _counts(left: Tensor) -> Tensor:
     """Zeros of this very call, so that streams and graphs share none."""
-    return left.new_zeros(-(-left.shape[0] // _ROWS_OF_COUNT), dtype=torch.int32)
+    return left.new_zeros(num_counts(left.shape[0]), dtype=torch.int32)
+
+
+def num_counts(num_tokens: int) -> int:
+    """Counts of a GEMM over so many rows."""
+    return -(-num_tokens // _ROWS_OF_COUNT)
+
+
+def _order() -> tuple[int, bool]:
+    """Tiles of rows that go through all columns together, 0 by default; whether L2 keeps weight."""
+    groups = [int(each[6:]) for each in environment.TRIALS if each.startswith("group_")]
+    return (groups[0] if groups else 0), "keep_weight" in environment.TRIALS

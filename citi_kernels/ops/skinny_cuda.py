@@ -11,13 +11,17 @@ Shapes: T tokens, K in-features, N out-features, M either, E experts, R stacked 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from citi_kernels import compiled
+from citi_kernels import compiled, environment
 from citi_kernels.ops.molora_linear_contract import Settings
 from citi_kernels.ops.molora_linear_reference import dropout_threshold
 from citi_kernels.ops.side_stream import Beside
@@ -76,15 +80,31 @@ def aligned(x_TM: Tensor) -> Tensor:
     )
 
 
-def stack(a_RK: Tensor, router_GK: Tensor, sizes: Sizes, dtype: torch.dtype) -> Tensor:
-    """[a; router] (Z, K rounded up to 8) in `dtype`, each padded with rows of zeros."""
-    return packed((sizes.Z, padded(a_RK.shape[1])), dtype, (a_RK, 0), (router_GK, sizes.P))
+def stack(
+    a_RK: Tensor,
+    router_GK: Tensor,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    cleared: Tensor | None = None,
+) -> Tensor:
+    """[a; router] (Z, K rounded up to 8) in `dtype`, each padded with rows of zeros.
+
+    cleared: int32, set to zero by the same launch.
+    """
+    shape = (sizes.Z, padded(a_RK.shape[1]))
+    return packed(shape, dtype, (a_RK, 0), (router_GK, sizes.P), cleared=cleared)
 
 
-def packed(shape: tuple[int, int], dtype: torch.dtype, *sources: tuple[Tensor, int]) -> Tensor:
+def packed(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    *sources: tuple[Tensor, int],
+    cleared: Tensor | None = None,
+) -> Tensor:
     """Up to two matrices, each from a row on, in `dtype` and contiguous, with zeros elsewhere.
 
-    shape: its second entry a multiple of 8. One launch, whatever the strides and dtypes.
+    shape: its second entry a multiple of 8; cleared: int32, set to zero. One launch, whatever the
+    strides and dtypes.
     """
     numbers = []
     # what else a parameter can be is rounded first; this name keeps that until the launch
@@ -96,6 +116,7 @@ def packed(shape: tuple[int, int], dtype: torch.dtype, *sources: tuple[Tensor, i
         shape=shape,
         sources=numbers,
         out=compiled.vector(out),
+        zeros=compiled.indices(cleared),
         **compiled.launch_place(out),
     )
     return out
@@ -164,6 +185,21 @@ def row_products(wide_TM: Tensor, rows_VM: Tensor) -> Tensor:
     return parts_CTV
 
 
+@dataclasses.dataclass
+class Early:
+    """A pass over x that begins beside the GEMM which makes its narrow operand.
+
+    Its blocks look at the GEMM's counts, and leave their parts to `rest` where some of the operand
+    is not there yet: nobody waits. All are int32 and zero before: counts and done, one for each
+    block, are views of numbers.
+    """
+
+    numbers: Tensor
+    counts: Tensor
+    done: Tensor
+    rest: Callable[[], None] | None = None
+
+
 def factor_gradients(
     wide_TM: Tensor,
     narrow_TV: Tensor,
@@ -172,10 +208,12 @@ def factor_gradients(
     rank_columns: int = 0,
     settings: Settings | None = None,
     beside: Beside | None = None,
+    early: Early | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Parts (C, M, V) of wideᵀ narrow and, given b, parts (C, T, V) of wide b; one pass over wide.
 
     settings: those of the dropout of wide that the first `rank_columns` of narrow see; None: none.
+    early: parts are there after `early.rest()` alone.
     """
     (T, M), V = wide_TM.shape, narrow_TV.shape[1]
     extension, gives_ranks = compiled.extension(), b_MR is not None
@@ -186,10 +224,10 @@ def factor_gradients(
     du_CTV = None
     if gives_ranks:
         du_CTV = wide_TM.new_empty(num_tiles, T, V, dtype=torch.float32)
-    _launch(
+    launch = functools.partial(
+        _launch,
         "factor_gradients_cuda",
         (wide_TM, narrow_TV, b_MR, du_CTV, parts_CMV),
-        beside,
         shape=(T, M, V),
         wide=compiled.matrix(wide_TM),
         narrow=compiled.matrix(narrow_TV),
@@ -199,8 +237,25 @@ def factor_gradients(
         parts=compiled.vector(parts_CMV),
         rank_columns=rank_columns,
         dropout=None if settings is None else _dropout(settings),
+        done=None if early is None else compiled.indices(early.done),
+        fits_narrow="fit_up" in environment.TRIALS,
     )
+    launch(beside, counts=None if early is None else compiled.indices(early.counts))
+    if early is not None:
+        early.rest = functools.partial(launch, None, counts=None)
     return parts_CMV, du_CTV
+
+
+def num_parts(num_tokens: int, num_columns: int, num_narrow: int) -> int:
+    """Blocks of `factor_gradients` without b."""
+    return math.prod(
+        compiled.extension().factor_gradients_cuda_parts(
+            num_tokens=num_tokens,
+            num_columns=num_columns,
+            num_narrow=num_narrow,
+            gives_ranks=False,
+        )
+    )
 
 
 def rank_gradients(

@@ -11,6 +11,8 @@ namespace {
 
 // num_tokens, num_experts, expert_rank, num_in, num_out
 using RoutedShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+// group_rows, keeps_right
+using OrderNumbers = std::tuple<int64_t, bool>;
 // data, num_bytes, size; of int32
 using IndexNumbers = std::tuple<uintptr_t, int64_t, int64_t>;
 
@@ -25,6 +27,11 @@ RankShape AsRankShape(int64_t num_tokens, int64_t num_experts, int64_t expert_ra
 Indices AsCounts(const IndexNumbers& numbers) {
   const auto& [data, num_bytes, size] = numbers;
   return {reinterpret_cast<const int32_t*>(data), num_bytes, size};
+}
+
+GemmOrder AsOrder(const OrderNumbers& numbers) {
+  const auto& [group_rows, keeps_right] = numbers;
+  return {group_rows, keeps_right};
 }
 
 // A contiguous matrix that TMA reads.
@@ -49,7 +56,7 @@ void RoutedLinear(const RoutedShape& shape, const MatrixNumbers& x, const Matrix
                   const std::optional<VectorNumbers>& bias, const MatrixNumbers& stack,
                   const MatrixNumbers& b, const MatrixNumbers& y, const VectorNumbers& h,
                   const VectorNumbers& u, const VectorNumbers& probs, const IndexNumbers& counts,
-                  float scaling, int32_t device, uintptr_t stream) {
+                  float scaling, const OrderNumbers& order, int32_t device, uintptr_t stream) {
   const auto& [num_tokens, num_experts, expert_rank, num_in, num_out] = shape;
   const RankShape ranks = AsRankShape(num_tokens, num_experts, expert_rank);
   RoutedGemm routed = RoutedLinearProblem(ranks, num_in, num_out);
@@ -64,6 +71,7 @@ void RoutedLinear(const RoutedShape& shape, const MatrixNumbers& x, const Matrix
   routed.probs = AsVector("probs", probs);
   routed.counts = AsCounts(counts);
   routed.scaling = scaling;
+  routed.gemm.order = AsOrder(order);
   Run(routed, device, stream);
 }
 
@@ -72,8 +80,8 @@ void RoutedInputGradient(const RoutedShape& shape, const MatrixNumbers& dy,
                          const VectorNumbers& h, const VectorNumbers& probs,
                          const std::optional<VectorNumbers>& dgate, const MatrixNumbers& stack,
                          const MatrixNumbers& dx, const VectorNumbers& dz,
-                         const IndexNumbers& counts, float scaling, int32_t device,
-                         uintptr_t stream) {
+                         const IndexNumbers& counts, float scaling, const OrderNumbers& order,
+                         bool fits_narrow, int32_t device, uintptr_t stream) {
   const auto& [num_tokens, num_experts, expert_rank, num_in, num_out] = shape;
   const RankShape ranks = AsRankShape(num_tokens, num_experts, expert_rank);
   RoutedGemm routed = RoutedInputGradientProblem(ranks, num_in, num_out);
@@ -88,6 +96,8 @@ void RoutedInputGradient(const RoutedShape& shape, const MatrixNumbers& dy,
   routed.dgate = AsVector("dgate", dgate);
   routed.counts = AsCounts(counts);
   routed.scaling = scaling;
+  routed.gemm.order = AsOrder(order);
+  routed.fits_narrow = fits_narrow;
   Run(routed, device, stream);
 }
 
@@ -97,11 +107,12 @@ void BindRoutedGemm(py::module_& module) {
   module.def("routed_linear_cuda", RoutedLinear, py::kw_only(), Strictly("shape"), Strictly("x"),
              Strictly("weight"), Strictly("bias"), Strictly("stack"), Strictly("b"), Strictly("y"),
              Strictly("h"), Strictly("u"), Strictly("probs"), Strictly("counts"),
-             Strictly("scaling"), Strictly("device"), Strictly("stream"));
+             Strictly("scaling"), Strictly("order"), Strictly("device"), Strictly("stream"));
   module.def("routed_input_gradient_cuda", RoutedInputGradient, py::kw_only(), Strictly("shape"),
              Strictly("dy"), Strictly("weight"), Strictly("b"), Strictly("h"), Strictly("probs"),
              Strictly("dgate"), Strictly("stack"), Strictly("dx"), Strictly("dz"),
-             Strictly("counts"), Strictly("scaling"), Strictly("device"), Strictly("stream"));
+             Strictly("counts"), Strictly("scaling"), Strictly("order"), Strictly("fits_narrow"),
+             Strictly("device"), Strictly("stream"));
 }
 
 }  // namespace citi

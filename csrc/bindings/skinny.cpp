@@ -18,6 +18,8 @@ using DropoutNumbers = std::tuple<uint32_t, uint32_t, uint32_t, float>;
 using OptionalVector = std::optional<VectorNumbers>;
 // matrix, first_row, num_rows, num_columns
 using PackedNumbers = std::tuple<MatrixNumbers, int64_t, int64_t, int64_t>;
+// data, num_bytes, size; of int32
+using NumbersOfGpu = std::optional<std::tuple<uintptr_t, int64_t, int64_t>>;
 // out, first, count, is_transposed
 using SumOutputNumbers = std::tuple<VectorNumbers, int64_t, int64_t, bool>;
 
@@ -38,6 +40,12 @@ Dropout AsDropout(const DropoutNumbers& numbers) {
 
 std::optional<Dropout> AsDropout(const std::optional<DropoutNumbers>& numbers) {
   return numbers ? std::optional(AsDropout(*numbers)) : std::nullopt;
+}
+
+Indices AsIndices(const NumbersOfGpu& numbers) {
+  if (!numbers) return {};
+  const auto& [data, num_bytes, size] = *numbers;
+  return {reinterpret_cast<const int32_t*>(data), num_bytes, size};
 }
 
 void CheckSize(const char* name, int64_t size, int64_t most = kMaxSize) {
@@ -114,7 +122,8 @@ void RunFactorGradients(const std::tuple<int64_t, int64_t, int64_t>& shape,
                         const MatrixNumbers& wide, const MatrixNumbers& narrow, int64_t num_ranks,
                         const OptionalVector& b, const OptionalVector& du,
                         const VectorNumbers& parts, int64_t rank_columns,
-                        const std::optional<DropoutNumbers>& dropout, int32_t device,
+                        const std::optional<DropoutNumbers>& dropout, const NumbersOfGpu& counts,
+                        const NumbersOfGpu& done, bool fits_narrow, int32_t device,
                         uintptr_t stream) {
   const auto& [num_tokens, num_columns, num_narrow] = shape;
   const FactorArguments arguments{num_tokens,
@@ -127,7 +136,10 @@ void RunFactorGradients(const std::tuple<int64_t, int64_t, int64_t>& shape,
                                   AsVector("b", b),
                                   AsVector("du", du),
                                   AsVector("parts", parts),
-                                  AsDropout(dropout)};
+                                  AsDropout(dropout),
+                                  AsIndices(counts),
+                                  AsIndices(done),
+                                  fits_narrow};
   const auto [num_tiles, num_shares] =
       CheckedParts(num_tokens, num_columns, num_narrow, num_ranks != 0);
   Run(arguments, Invalid(arguments, num_tiles, num_shares), device, stream, FactorGradientsCuda);
@@ -184,9 +196,9 @@ void RunAddNonFinite(const RankShapeNumbers& shape, int64_t num_columns, const V
 
 void RunPackRows(const std::tuple<int64_t, int64_t>& shape,
                  const std::vector<PackedNumbers>& sources, const VectorNumbers& out,
-                 int32_t device, uintptr_t stream) {
+                 const NumbersOfGpu& zeros, int32_t device, uintptr_t stream) {
   const auto& [num_rows, num_columns] = shape;
-  PackArguments arguments{num_rows, num_columns, {}, AsVector("out", out)};
+  PackArguments arguments{num_rows, num_columns, {}, AsVector("out", out), AsIndices(zeros)};
   for (const auto& [matrix, first_row, rows, columns] : sources) {
     arguments.sources.push_back({AsMatrix("sources", matrix), first_row, rows, columns});
   }
@@ -205,12 +217,13 @@ void BindSkinny(py::module_& module) {
   module.def("shrink_cuda_splits", CheckedSplits, Strictly("num_tokens"), Strictly("num_inputs"));
   module.def("factor_gradients_cuda_parts", CheckedParts, Strictly("num_tokens"),
              Strictly("num_columns"), Strictly("num_narrow"), Strictly("gives_ranks"));
-  Define(module, "pack_rows_cuda", RunPackRows, "shape", "sources", "out");
+  Define(module, "pack_rows_cuda", RunPackRows, "shape", "sources", "out", "zeros");
   Define(module, "shrink_cuda", RunShrink, "shape", "num_inputs", "x", "stack", "h", "u", "probs",
          "parts", "top_k", "renormalizes", "scaling", "dropout");
   Define(module, "row_product_cuda", RunRowProduct, "shape", "wide", "rows", "parts");
   Define(module, "factor_gradients_cuda", RunFactorGradients, "shape", "wide", "narrow",
-         "num_ranks", "b", "du", "parts", "rank_columns", "dropout");
+         "num_ranks", "b", "du", "parts", "rank_columns", "dropout", "counts", "done",
+         "fits_narrow");
   Define(module, "scale_ranks_cuda", RunScaleRanks, "shape", "h", "probs", "u", "scaling");
   Define(module, "rank_gradients_cuda", RunRankGradients, "shape", "num_parts", "du", "h", "probs",
          "dgate", "dz", "scaling");

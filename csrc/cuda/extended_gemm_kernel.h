@@ -52,7 +52,7 @@ __device__ inline void InitBarriers(uint32_t shared) {
 // This block's share of the right operand, to all blocks of the cluster.
 template <class Tiles, bool kIsTransposed>
 __device__ inline void LoadRight(const hopper::TensorMap& map, uint32_t to, uint32_t barrier,
-                                 int32_t depth, int32_t column, uint32_t rank) {
+                                 int32_t depth, int32_t column, uint32_t rank, uint64_t policy) {
   constexpr int kBoxes = kIsTransposed ? kShareColumns / kBoxColumns : 1;
   constexpr int kBoxBytes = kShareColumns * kRowBytes / kBoxes;
   const int32_t first = column + static_cast<int32_t>(rank) * kShareColumns;
@@ -62,10 +62,10 @@ __device__ inline void LoadRight(const hopper::TensorMap& map, uint32_t to, uint
     const int32_t inner = kIsTransposed ? first + box * kBoxColumns : depth;
     const int32_t outer = kIsTransposed ? depth : first;
     if constexpr (Tiles::kCluster == 1) {
-      hopper::LoadBox(map, there, barrier, inner, outer);
+      hopper::LoadBox(map, there, barrier, inner, outer, policy);
     } else {
       constexpr uint16_t kAll = (1u << Tiles::kCluster) - 1;
-      hopper::LoadBoxToCluster(map, there, barrier, inner, outer, kAll);
+      hopper::LoadBoxToCluster(map, there, barrier, inner, outer, kAll, policy);
     }
   }
 }
@@ -90,7 +90,7 @@ __device__ inline void Produce(const Launch& launch, const Maps& maps,
                       position.Row(place));
       LoadRight<Tiles, kIsTransposed>(maps.right[extends],
                                       position.shared + Tiles::Right(ring.stage), full, depth,
-                                      position.Column(place), position.rank);
+                                      position.Column(place), position.rank, launch.right_policy);
       ring.Advance();
     }
   }
@@ -209,7 +209,7 @@ __device__ inline void StoreUnit(const Launch& launch, const hopper::TensorMap& 
     if (thread == 0) {
       const int32_t first = column + part * kBoxColumns;
       if (row < launch.num_rows && first < launch.num_columns) {
-        hopper::StoreBox(map, buffer, first, row);
+        hopper::StoreBox(map, buffer, first, row, launch.out_policy);
       }
       // Empty groups too: the wait above counts one for every part.
       hopper::CommitStores();

@@ -49,6 +49,11 @@ constexpr int kNumBuffers = 2;
 // Units that go through all columns before the next rows, so that L2 serves.
 constexpr uint32_t kGroupRows = 8;
 
+// Cache policies of TMA, as createpolicy.fractional makes them for all of the lines.
+constexpr uint64_t kEvictNormal = 0x1000000000000000;
+constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+constexpr uint64_t kEvictLast = 0x14F0000000000000;
+
 constexpr int kBarrierBytes = 8;
 constexpr int kMaxSharedBytes = 227 * 1024;
 
@@ -116,6 +121,8 @@ struct Launch {
   int32_t depth;
   int32_t more;  // depth of the extension, or 0
   const uint16_t* bias;
+  uint32_t group_rows;
+  uint64_t right_policy, out_policy;
 
   CITI_HOST_DEVICE constexpr uint32_t NumUnits() const { return num_unit_rows * num_unit_columns; }
   CITI_HOST_DEVICE constexpr int32_t NumBaseSteps() const {
@@ -140,11 +147,11 @@ struct Place {
 };
 
 CITI_HOST_DEVICE constexpr Place PlaceOfUnit(const Launch& launch, uint32_t unit) {
-  const uint32_t group_units = kGroupRows * launch.num_unit_columns;
-  const uint32_t first_row = unit / group_units * kGroupRows;
+  const uint32_t group_units = launch.group_rows * launch.num_unit_columns;
+  const uint32_t first_row = unit / group_units * launch.group_rows;
   const uint32_t in_group = unit % group_units;
   const uint32_t rows_left = launch.num_unit_rows - first_row;
-  const uint32_t rows = rows_left < kGroupRows ? rows_left : kGroupRows;
+  const uint32_t rows = rows_left < launch.group_rows ? rows_left : launch.group_rows;
   return {first_row + in_group % rows, in_group / rows};
 }
 
@@ -249,7 +256,10 @@ Launch PlanLaunch(const ExtendedGemm& gemm) {
           static_cast<int32_t>(gemm.num_columns),
           static_cast<int32_t>(gemm.depth),
           static_cast<int32_t>(gemm.more),
-          static_cast<const uint16_t*>(gemm.bias.data)};
+          static_cast<const uint16_t*>(gemm.bias.data),
+          gemm.order.group_rows > 0 ? static_cast<uint32_t>(gemm.order.group_rows) : kGroupRows,
+          gemm.order.keeps_right ? kEvictLast : kEvictNormal,
+          gemm.order.keeps_right ? kEvictFirst : kEvictNormal};
 }
 
 // As many clusters as the rounds of units need: what the last round would leave idle stays free for

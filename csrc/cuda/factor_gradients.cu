@@ -19,6 +19,9 @@ cudaError_t LaunchFactor(const FactorPlan& plan, const FactorArguments& s, cudaS
   const FactorLaunch launch = AsFactorLaunch(s, plan);
   switch (plan.column_tiles) {
     case kUpTiles:
+      if (s.num_ranks == 0) {
+        return LaunchFactor<Element, kUpTiles>(plan, launch, s.dropout.has_value(), stream);
+      }
       return Launch(FactorGradients<Element, kUpTiles, true, false>, plan.num_blocks,
                     kFactorThreads, plan.shared_bytes, stream, launch);
     case 6:
@@ -43,14 +46,12 @@ FactorParts FactorCudaParts(int64_t num_tokens, int64_t num_columns, int64_t num
 
 cudaError_t FactorGradientsCuda(const FactorArguments& s, int device, cudaStream_t stream,
                                 std::string* problem) {
-  const Placed tensors[] = {{"wide", s.wide.data},
-                            {"narrow", s.narrow.data},
-                            {"b", s.b.data},
-                            {"du", s.du.data},
-                            {"parts", s.parts.data}};
+  const Placed tensors[] = {
+      {"wide", s.wide.data},   {"narrow", s.narrow.data}, {"b", s.b.data},      {"du", s.du.data},
+      {"parts", s.parts.data}, {"counts", s.counts.data}, {"done", s.done.data}};
   return OnDevice(tensors, device, problem, [&](int64_t shared_limit) {
-    const FactorPlan plan =
-        PlanFactor(s.num_tokens, s.num_columns, s.num_narrow, s.num_ranks != 0, shared_limit);
+    const FactorPlan plan = PlanFactor(s.num_tokens, s.num_columns, s.num_narrow, s.num_ranks != 0,
+                                       shared_limit, s.fits_narrow);
     return s.wide.dtype == DType::kBFloat16 ? LaunchFactor<BFloat16>(plan, s, stream)
                                             : LaunchFactor<Float16>(plan, s, stream);
   });

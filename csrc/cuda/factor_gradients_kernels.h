@@ -31,7 +31,14 @@ struct FactorLaunch {
   int num_rank_tiles;  // tiles of 8 columns of narrow that see wide with dropout
   int num_stages;
   Dropout dropout;
+  // Of a launch beside the kernel that makes narrow, and of the one behind both.
+  const uint32_t* counts;  // blocks do nothing unless each is kArrivalsOfNarrow; null: do not look
+  int num_counts;
+  uint32_t* done;  // for each block, whether its part is there; null: do all
 };
+
+// At each count, see routed_gemm_plan.h.
+constexpr uint32_t kArrivalsOfNarrow = 2;
 
 // Columns of wide that a block owns; what it accumulates stays below 100 registers a thread.
 CITI_HOST_DEVICE constexpr int FactorColumns(int tiles) { return tiles <= 6 ? 256 : 128; }
@@ -194,10 +201,25 @@ __device__ __forceinline__ void StoreParts(const FactorLaunch& s, int64_t share,
   }
 }
 
+// Whether this block has nothing to do: all of narrow is not there yet, so that the launch behind
+// does its part; or it was done by the launch before. Nobody waits.
+__device__ __forceinline__ bool IsSkipped(const FactorLaunch& s) {
+  if (s.done == nullptr) return false;
+  if (s.counts == nullptr) return s.done[blockIdx.x] != 0;
+  bool is_there = true;
+  for (int i = static_cast<int>(threadIdx.x); i < s.num_counts; i += kFactorThreads) {
+    is_there = is_there && LoadCount(s.counts + i) >= kArrivalsOfNarrow;
+  }
+  if (!__syncthreads_and(is_there)) return true;
+  if (threadIdx.x == 0) s.done[blockIdx.x] = 1;
+  return false;
+}
+
 // Grid: shares of the tokens * tiles of columns.
 template <class Element, int kTiles, bool kGivesRanks, bool kHasDropout>
 __global__ void __launch_bounds__(kFactorThreads, 1) FactorGradients(const FactorLaunch s) {
   constexpr int kColumns = FactorColumns(kTiles), kBytes = FactorStageBytes(kTiles);
+  if (IsSkipped(s)) return;
   unsigned char* memory = SharedMemory();
   const int64_t tile = blockIdx.x % s.num_tiles, share = blockIdx.x / s.num_tiles;
   const int64_t first_column = tile * kColumns, first = share * s.tokens_per_share;

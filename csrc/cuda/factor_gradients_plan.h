@@ -40,9 +40,10 @@ inline FactorCut CutFactor(int64_t num_tokens, int64_t num_columns, int column_t
 }
 
 inline FactorPlan PlanFactor(int64_t num_tokens, int64_t num_columns, int64_t num_narrow,
-                             bool gives_ranks, int64_t shared_limit) {
+                             bool gives_ranks, int64_t shared_limit, bool fits_narrow = false) {
   FactorPlan plan{};
-  plan.column_tiles = gives_ranks ? kUpTiles : TilesFor(num_narrow);
+  const bool takes_fewest = gives_ranks || (fits_narrow && num_narrow <= kUpTiles * 8);
+  plan.column_tiles = takes_fewest ? kUpTiles : TilesFor(num_narrow);
   plan.cut = CutFactor(num_tokens, num_columns, plan.column_tiles);
   const int64_t stage_bytes = FactorStageBytes(plan.column_tiles);
   plan.num_stages = NumStages(stage_bytes, shared_limit);
@@ -68,6 +69,9 @@ inline FactorLaunch AsFactorLaunch(const FactorArguments& s, const FactorPlan& p
   launch.num_rank_tiles = static_cast<int>(s.rank_columns / kChunk);
   launch.num_stages = plan.num_stages;
   launch.dropout = s.dropout.value_or(kNoDropout);
+  launch.counts = reinterpret_cast<const uint32_t*>(s.counts.data);
+  launch.num_counts = static_cast<int>(s.counts.size);
+  launch.done = reinterpret_cast<uint32_t*>(const_cast<int32_t*>(s.done.data));
   return launch;
 }
 

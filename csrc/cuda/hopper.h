@@ -139,22 +139,34 @@ __device__ inline void LoadBox(const TensorMap& map, uint32_t to, uint32_t barri
       : "memory");
 }
 
-// The same to every block of the cluster in the mask, there at the same offsets.
-__device__ inline void LoadBoxToCluster(const TensorMap& map, uint32_t to, uint32_t barrier,
-                                        int32_t column, int32_t row, uint16_t mask) {
+// The same, with a policy for L2.
+__device__ inline void LoadBox(const TensorMap& map, uint32_t to, uint32_t barrier, int32_t column,
+                               int32_t row, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(mask)
+      ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(column), "r"(row), "l"(policy)
+      : "memory");
+}
+
+// The same to every block of the cluster in the mask, there at the same offsets.
+__device__ inline void LoadBoxToCluster(const TensorMap& map, uint32_t to, uint32_t barrier,
+                                        int32_t column, int32_t row, uint16_t mask,
+                                        uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(mask), "l"(policy)
       : "memory");
 }
 
 // A box from shared to global memory, without what lies outside of the matrix.
-__device__ inline void StoreBox(const TensorMap& map, uint32_t from, int32_t column, int32_t row) {
+__device__ inline void StoreBox(const TensorMap& map, uint32_t from, int32_t column, int32_t row,
+                                uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
-          &map),
-      "r"(from), "r"(column), "r"(row)
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group.L2::cache_hint"
+      " [%0, {%2, %3}], [%1], %4;" ::"l"(&map),
+      "r"(from), "r"(column), "r"(row), "l"(policy)
       : "memory");
 }
 

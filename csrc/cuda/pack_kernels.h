@@ -28,6 +28,8 @@ struct PackLaunch {
   int num_sources;
   uint16_t* out;
   int64_t num_rows, chunks_of_row;
+  uint32_t* zeros;  // num_zeros numbers that become 0
+  int64_t num_zeros;
 };
 
 template <class Element, class Source>
@@ -46,6 +48,8 @@ __device__ inline void ReadRow(const PackSource& s, int64_t row, int64_t column,
 template <class Element>
 __global__ void __launch_bounds__(kPackThreads) PackRows(const PackLaunch s) {
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
+  // No more than chunks, as the plan sees to.
+  if (chunk < s.num_zeros) s.zeros[chunk] = 0;
   const int64_t row = chunk / s.chunks_of_row;
   if (row >= s.num_rows) return;
   const int64_t column = chunk % s.chunks_of_row * kPackElements;

@@ -23,7 +23,10 @@ inline PackPlan PlanPack(const PackArguments& s) {
   launch.out = static_cast<uint16_t*>(s.out.data);
   launch.num_rows = s.num_rows;
   launch.chunks_of_row = s.num_columns / kPackElements;
-  plan.num_blocks = DivideUp(s.num_rows * launch.chunks_of_row, kPackThreads);
+  launch.zeros = reinterpret_cast<uint32_t*>(const_cast<int32_t*>(s.zeros.data));
+  launch.num_zeros = s.zeros.size;
+  plan.num_blocks =
+      DivideUp(std::max(s.num_rows * launch.chunks_of_row, launch.num_zeros), kPackThreads);
   return plan;
 }
 

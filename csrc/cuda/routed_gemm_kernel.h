@@ -37,7 +37,7 @@ __device__ inline void ProduceRoutedStep(const hopper::TensorMap& left,
                                          const hopper::TensorMap* narrow,
                                          const Position<Tiles>& position,
                                          const Ring<Tiles::kStages>& ring, int32_t depth,
-                                         Place place) {
+                                         Place place, uint64_t policy) {
   constexpr int kNarrowBytes = (kIsTransposed ? kTileDepth : kNarrow) * kRowBytes;
   const uint32_t full = position.shared + Tiles::Full(ring.stage);
   hopper::WaitBarrier(position.shared + Tiles::Empty(ring.stage), ring.phase ^ 1u);
@@ -45,7 +45,7 @@ __device__ inline void ProduceRoutedStep(const hopper::TensorMap& left,
   hopper::LoadBox(left, position.shared + Tiles::Left(ring.stage), full, depth,
                   position.Row(place));
   LoadRight<Tiles, kIsTransposed>(right, position.shared + Tiles::Right(ring.stage), full, depth,
-                                  position.Column(place), position.rank);
+                                  position.Column(place), position.rank, policy);
   if (narrow != nullptr) {
     hopper::LoadBox(*narrow, position.shared + Tiles::Narrow(ring.stage), full,
                     kIsTransposed ? 0 : depth, kIsTransposed ? depth : 0);
@@ -71,7 +71,7 @@ __device__ inline void ProduceRouted(const Launch& launch, const RoutedMaps& map
     for (int32_t step = 0; step < num_base_steps; ++step) {
       ProduceRoutedStep<Tiles, kIsTransposed, kNarrow>(maps.maps.left[0], maps.maps.right[0],
                                                        narrow, position, ring, step * kTileDepth,
-                                                       place);
+                                                       place, launch.right_policy);
       ring.Advance();
     }
     const uint32_t tile = TileOfRows<Tiles>(position, place);
@@ -80,9 +80,9 @@ __device__ inline void ProduceRouted(const Launch& launch, const RoutedMaps& map
       hopper::FenceProxies();
     }
     for (int32_t step = num_base_steps; step < num_steps; ++step) {
-      ProduceRoutedStep<Tiles, kIsTransposed, kNarrow>(maps.maps.left[1], maps.maps.right[1],
-                                                       nullptr, position, ring,
-                                                       (step - num_base_steps) * kTileDepth, place);
+      ProduceRoutedStep<Tiles, kIsTransposed, kNarrow>(
+          maps.maps.left[1], maps.maps.right[1], nullptr, position, ring,
+          (step - num_base_steps) * kTileDepth, place, launch.right_policy);
       ring.Advance();
     }
   }
@@ -212,21 +212,36 @@ __device__ inline void GatesOfRow(const RankSpace& s, uint32_t sums, int row, in
   for (int g = 0; g < s.num_gates; ++g) s.probs[token * s.num_gates + g] = logits[g];
 }
 
+// Which expert a rank belongs to, from one on; a division for each would take longer than the rest.
+struct ExpertOfRank {
+  int expert, in_expert;
+
+  __device__ ExpertOfRank(const RankSpace& s, int rank)
+      : expert(rank / s.expert_rank), in_expert(rank - expert * s.expert_rank) {}
+  __device__ void Advance(const RankSpace& s) {
+    if (++in_expert < s.expert_rank) return;
+    in_expert = 0;
+    ++expert;
+  }
+};
+
 // h and u of 8 ranks of a row; as Route has them.
 template <class Element>
 __device__ inline void ScaleChunk(const RankSpace& s, uint32_t sums, int row, int64_t token,
                                   int first) {
   const SumRow z = SumRowAt(sums, row);
   Element h[kChunk], u[kChunk];
+  ExpertOfRank of(s, first);
 #pragma unroll
   for (int j = 0; j < kChunk; ++j) {
     const int rank = first + j;
     h[j] = u[j] = Rounded<Element>(0.0f);
     if (rank < s.num_ranks) {
       h[j] = Rounded<Element>(z[rank]);
-      const float gate = z[s.padded_ranks + 1 + rank / s.expert_rank];
+      const float gate = z[s.padded_ranks + 1 + of.expert];
       u[j] = Rounded<Element>(ToFloat(h[j]) * (s.scaling * gate));
     }
+    of.Advance(s);
   }
   Element* to = static_cast<Element*>(s.h) + token * s.num_ranks + first;
   if (s.num_ranks == s.padded_ranks) {
@@ -269,14 +284,16 @@ __device__ inline void RankGradientsOfChunk(const RankSpace& s, uint32_t sums, i
   const float* gates = s.probs + token * s.num_gates + 1;
   Element h[kChunk], dh[kChunk];
   LoadRanks(s, token, first, h);
+  ExpertOfRank of(s, first);
 #pragma unroll
   for (int j = 0; j < kChunk; ++j) {
     const int rank = first + j;
     dh[j] = Rounded<Element>(0.0f);
     if (rank < s.num_ranks) {
-      dh[j] = Rounded<Element>(du[rank] * (s.scaling * gates[rank / s.expert_rank]));
+      dh[j] = Rounded<Element>(du[rank] * (s.scaling * gates[of.expert]));
       du[rank] = ToFloat(h[j]) * du[rank];
     }
+    of.Advance(s);
   }
   const int stride = s.padded_ranks + s.padded_gates;
   *reinterpret_cast<uint4*>(static_cast<Element*>(s.left) + token * stride + first) = AsWords(dh);

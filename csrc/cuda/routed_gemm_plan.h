@@ -15,6 +15,8 @@ constexpr int kMaxNarrow = 64;
 constexpr int kNarrowSlotBytes = kMaxNarrow * kRowBytes;
 // A stack of up to as many rows, such as 4 experts of rank 8 and their gates.
 constexpr int kSmallNarrow = 40;
+// As many columns of b.
+constexpr int kSmallTransposedNarrow = 32;
 
 // Together what a multiprocessor's registers are for at the launch, 168 a thread.
 constexpr int kRoutedProducerRegisters = 40;
@@ -28,7 +30,7 @@ template <int kWidth, int kCluster, int kStages>
 struct RoutedTiles : Tiles<kWidth, kCluster, kStages> {
   using Base = Tiles<kWidth, kCluster, kStages>;
   static constexpr int kNumSlots =
-      kStages > kConsumers * kNumBuffers ? kStages : kConsumers * kNumBuffers;
+      kStages > kConsumers* kNumBuffers ? kStages : kConsumers * kNumBuffers;
   static constexpr int kBarriersAt = Base::kBuffersAt + kNumSlots * kNarrowSlotBytes;
   static constexpr int kUsedBytes = kBarriersAt + (2 * kStages + 1) * kBarrierBytes;
   static constexpr int kSharedBytes = kUsedBytes + kAtomBytes;
@@ -102,6 +104,11 @@ inline MapShape NarrowShapeOf(const RoutedGemm& routed, int narrow) {
 // Columns of a box of the transposed operand are always 64.
 inline bool TakesSmallNarrow(const RoutedGemm& routed) {
   return !routed.gemm.is_input_gradient && routed.shape.num_rows() <= kSmallNarrow;
+}
+
+inline bool TakesSmallTransposedNarrow(const RoutedGemm& routed) {
+  return routed.gemm.is_input_gradient && routed.fits_narrow &&
+         routed.shape.num_ranks() <= kSmallTransposedNarrow;
 }
 
 // As for the extended GEMM, with the tiles that are here.

@@ -1,9 +1,8 @@
-#include "cuda/routed_gemm.h"
-
 #include <cuda_runtime.h>
 
 #include "cuda/extended_gemm.h"
 #include "cuda/launch.h"
+#include "cuda/routed_gemm.h"
 #include "cuda/routed_gemm_plan.h"
 #if defined(CITI_SM90A)
 #include "cuda/hopper.h"
@@ -51,8 +50,8 @@ template <class... Arguments>
 cudaError_t LaunchTogether(void (*kernel)(Arguments...), int64_t num_blocks, int shared_bytes,
                            cudaStream_t stream, Arguments... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  const cudaError_t error = cudaFuncSetAttribute(
-      function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
@@ -82,9 +81,14 @@ cudaError_t LaunchKernel(const RoutedGemm& routed, int num_multiprocessors, cuda
 template <class Tiles, DType kDType>
 cudaError_t LaunchKernel(const RoutedGemm& routed, int num_multiprocessors, cudaStream_t stream) {
   constexpr int kSmall = gemm::kSmallNarrow, kLarge = gemm::kMaxNarrow;
-  const auto launch = routed.gemm.is_input_gradient   ? LaunchKernel<Tiles, kDType, true, kLarge>
-                      : gemm::TakesSmallNarrow(routed) ? LaunchKernel<Tiles, kDType, false, kSmall>
-                                                       : LaunchKernel<Tiles, kDType, false, kLarge>;
+  constexpr int kSmallTransposed = gemm::kSmallTransposedNarrow;
+  const auto launch =
+      routed.gemm.is_input_gradient
+          ? (gemm::TakesSmallTransposedNarrow(routed)
+                 ? LaunchKernel<Tiles, kDType, true, kSmallTransposed>
+                 : LaunchKernel<Tiles, kDType, true, kLarge>)
+          : (gemm::TakesSmallNarrow(routed) ? LaunchKernel<Tiles, kDType, false, kSmall>
+                                            : LaunchKernel<Tiles, kDType, false, kLarge>);
   return launch(routed, num_multiprocessors, stream);
 }
 

@@ -1,5 +1,6 @@
-// Tensor cores of sm_80 and later, and copies that run beside them, as functions. Where a test runs
-// the threads of a block as threads of the host, tests/csrc/simt_tensor_core.h defines them.
+// Tensor cores of sm_80 and later, copies that run beside them, and counts, as functions. Where a
+// test runs the threads of a block as threads of the host, tests/csrc/simt_tensor_core.h defines
+// them.
 //
 // Fragments of one warp, g = lane / 4, c = lane % 4 (PTX ISA, mma.m16n8k16):
 //   a[0] (g, 2c) and (g, 2c + 1)     a[1] rows + 8     a[2] columns + 8     a[3] both
@@ -84,6 +85,13 @@ __device__ __forceinline__ void CommitCopies() {
 template <int kPending>
 __device__ __forceinline__ void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// A count of the whole GPU; what was written before it was added to is seen.
+__device__ __forceinline__ uint32_t LoadCount(const uint32_t* count) {
+  uint32_t found;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
+  return found;
 }
 
 // Two numbers, rounded to nearest even.

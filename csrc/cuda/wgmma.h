@@ -30,6 +30,7 @@ __device__ inline void FenceAccumulators(float (&acc)[kSize]) {
 }
 
 // The names of an instruction's accumulators, and what they stand for.
+#define CITI_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define CITI_NAMES_20 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
 #define CITI_NAMES_32                                                      \
@@ -52,7 +53,8 @@ __device__ inline void FenceAccumulators(float (&acc)[kSize]) {
 #define CITI_SUMS_8(acc, i)                                                             \
   "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), \
       "+f"(acc[i + 5]), "+f"(acc[i + 6]), "+f"(acc[i + 7])
-#define CITI_SUMS_20(acc, i) \
+#define CITI_SUMS_16(acc, i) CITI_SUMS_8(acc, i), CITI_SUMS_8(acc, i + 8)
+#define CITI_SUMS_20(acc, i)                                                          \
   CITI_SUMS_8(acc, i), CITI_SUMS_8(acc, i + 8), "+f"(acc[i + 16]), "+f"(acc[i + 17]), \
       "+f"(acc[i + 18]), "+f"(acc[i + 19])
 #define CITI_SUMS_32(acc, i) \
@@ -70,6 +72,16 @@ __device__ inline void FenceAccumulators(float (&acc)[kSize]) {
 
 // acc (64, width) += left (64, 16) · right (16, width), by all threads of a warp group. The right
 // operand lies in rows of depth, or of columns where kIsColumnMajor.
+template <DType kDType, bool kIsColumnMajor>
+__device__ inline void Multiply(float (&acc)[16], uint64_t left_descriptor,
+                                uint64_t right_descriptor) {
+  if constexpr (kDType == DType::kBFloat16) {
+    CITI_PRODUCT("m64n32k16", "bf16", CITI_NAMES_16, "%16", "%17", "%18", CITI_SUMS_16(acc, 0));
+  } else {
+    CITI_PRODUCT("m64n32k16", "f16", CITI_NAMES_16, "%16", "%17", "%18", CITI_SUMS_16(acc, 0));
+  }
+}
+
 template <DType kDType, bool kIsColumnMajor>
 __device__ inline void Multiply(float (&acc)[20], uint64_t left_descriptor,
                                 uint64_t right_descriptor) {
@@ -117,10 +129,12 @@ __device__ inline void Multiply(float (&acc)[128], uint64_t left_descriptor,
 #undef CITI_SUMS_64
 #undef CITI_SUMS_32
 #undef CITI_SUMS_20
+#undef CITI_SUMS_16
 #undef CITI_SUMS_8
 #undef CITI_NAMES_128
 #undef CITI_NAMES_64
 #undef CITI_NAMES_32
 #undef CITI_NAMES_20
+#undef CITI_NAMES_16
 
 }  // namespace citi::hopper

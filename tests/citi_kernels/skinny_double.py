@@ -50,6 +50,8 @@ class SkinnyDouble:
     def pack_rows_cuda(self, **arguments: Any) -> None:
         call = self._begin("pack_rows_cuda", arguments)
         out = call.vector("out", *call.shape).zero_()
+        if call.zeros is not None:
+            _numbers(call.zeros).zero_()
         for (address, _, dtype, *strides), first, rows, columns in call.sources:
             source = _tensor(address, dtype, (rows, columns), tuple(strides))
             out[first : first + rows, :columns] = source
@@ -79,6 +81,8 @@ class SkinnyDouble:
 
     def factor_gradients_cuda(self, **arguments: Any) -> None:
         call = self._begin("factor_gradients_cuda", arguments)
+        if _is_skipped(call):
+            return
         T, M, V = call.shape
         wide_TM, narrow_TV = call.matrix("wide", T, M).float(), call.matrix("narrow", T, V).float()
         product_MV = wide_TM.T @ narrow_TV
@@ -154,6 +158,25 @@ class SkinnyDouble:
             with pytest.raises(RuntimeError, match="could not launch on CUDA"):
                 getattr(self._checks, name)(**arguments)
         return _Call(arguments)
+
+
+def _is_skipped(call: _Call) -> bool:
+    """As blocks of the kernel see it, all alike."""
+    if call.done is None:
+        return False
+    done = _numbers(call.done)
+    if call.counts is None:
+        return bool(done.all())
+    if not (_numbers(call.counts) >= 2).all():
+        return True
+    done.fill_(1)
+    return False
+
+
+def _numbers(numbers: tuple[int, int, int]) -> Tensor:
+    address, _, size = numbers
+    memory = (ctypes.c_int32 * size).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.int32)
 
 
 class StreamDouble:

@@ -35,20 +35,31 @@ __all__ = ["double", "extended"]  # fixtures
 
 
 @pytest.fixture
-def routed(extended: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def arrives() -> bool:
+    """Whether dz is counted before the launches beside the GEMM look."""
+    return True
+
+
+@pytest.fixture
+def routed(extended: list[str], monkeypatch: pytest.MonkeyPatch, arrives: bool) -> list[str]:
     """The GEMM that makes its own ranks, out of the passes that it stands for."""
 
-    def routed_linear(x, weight, bias, stack, b, sizes, settings):
+    def routed_linear(x, weight, bias, stack, b, sizes, settings, counts):
+        assert counts is None or counts.count_nonzero() == 0
         extended.append("routed y")
         h, u, probs = skinny_cuda.shrink_route(x, stack, sizes, settings)
         y = extended_gemm_cuda.extended_linear(x, weight, bias, u[:, : sizes.R], b[:, : sizes.R])
         return y, h, u, probs
 
-    def routed_input_gradient(dy, weight, b, h, probs, dgate, stack, sizes, settings):
+    def routed_input_gradient(
+        dy, weight, b, h, probs, dgate, stack, sizes, settings, counts, dz_TZ
+    ):
+        assert counts.count_nonzero() == 0
         extended.append("routed dx")
         b_PN = torch.nn.functional.pad(b.T[: sizes.R], (0, 0, 0, sizes.P - sizes.R)).contiguous()
         du = skinny_cuda.row_products(dy, b_PN)
-        dz = skinny_cuda.rank_gradients(du, h, probs, dgate, sizes, settings)
+        dz = dz_TZ.copy_(skinny_cuda.rank_gradients(du, h, probs, dgate, sizes, settings))
+        counts.fill_(2 if arrives else 1)
         return extended_gemm_cuda.extended_input_gradient(dy, weight, dz, stack), dz
 
     monkeypatch.setattr(environment, "ROUTED_GEMM", True)
@@ -79,6 +90,24 @@ def test_every_subset_of_gradients_with_the_routed_gemm_is_the_same_to_rounding(
                 assert_accurate(
                     gradient, expected[f"d{name}"].double(), expected[f"d{name}"], name=name
                 )
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+@pytest.mark.parametrize("subset", [OPERANDS, ("x", "a"), ("x", "router"), ("x", "b")])
+def test_gradients_that_begin_beside_the_gemm_are_the_same(
+    routed: list[str], double, monkeypatch: pytest.MonkeyPatch, subset: tuple[str, ...]
+) -> None:
+    case = random_case(61, 96, 80, dtype=torch.bfloat16)
+    expected = gradients_of(case, subset)
+    double.calls.clear()
+    trials = frozenset({"down_beside", "zeros_in_pack", "fit_up", "fit_narrow", "group_16"})
+    monkeypatch.setattr(environment, "TRIALS", trials)
+    with poisoned_memory():
+        given = gradients_of(case, subset)
+    for name, gradient in given.items():
+        assert torch.equal(gradient, expected[name]), name
+    has_up, has_down = "b" in subset, bool({"a", "router"} & set(subset))
+    assert double.calls["factor_gradients_cuda"] == has_up + 2 * has_down
 
 
 def test_it_comes_before_triton_where_it_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,7 @@ def test_a_linear_layer_reaches_the_kernel(calls: list[tuple[str, dict]]) -> Non
     assert _counts_of(given) == 2
     assert given.pop("shape") == (200, 3, 5, 24, 11)
     assert given.pop("scaling") == 0.5
+    assert given.pop("order") == (0, False)
     assert (given.pop("device"), given.pop("stream")) == (0, 7)
     tensors = {"x": x, "weight": weight, "bias": bias, "stack": stack, "b": b, "y": y, "h": h}
     tensors |= {"u": u, "probs": probs}
@@ -98,7 +99,9 @@ def test_an_input_gradient_reaches_the_kernel(calls: list[tuple[str, dict]]) -> 
     assert name == "routed_input_gradient_cuda"
     assert _counts_of(given) == 2
     assert given.pop("shape") == (200, 3, 5, 24, 16)
+    assert given.pop("fits_narrow") is False
     assert given.pop("scaling") == 0.5
+    assert given.pop("order") == (0, False)
     assert (given.pop("device"), given.pop("stream")) == (0, 7)
     tensors = {"dy": dy, "weight": weight, "b": b, "h": h, "probs": probs, "dgate": dgate}
     tensors |= {"stack": stack, "dx": dx, "dz": dz}

@@ -303,8 +303,22 @@ inline void LoadBox(const TensorMap& map, uint32_t to, uint32_t barrier, int32_t
   me.cluster->engine.Add([=, &map] { Load(map, block, to, barrier, column, row); });
 }
 
+// [Cache hints] A policy changes no value; only those of the ISA are known.
+inline void CheckPolicy(uint64_t policy) {
+  const bool is_known =
+      policy == 0x1000000000000000 || policy == 0x12F0000000000000 || policy == 0x14F0000000000000;
+  if (!is_known) Fail("not a cache policy");
+}
+
+inline void LoadBox(const TensorMap& map, uint32_t to, uint32_t barrier, int32_t column,
+                    int32_t row, uint64_t policy) {
+  CheckPolicy(policy);
+  LoadBox(map, to, barrier, column, row);
+}
+
 inline void LoadBoxToCluster(const TensorMap& map, uint32_t to, uint32_t barrier, int32_t column,
-                             int32_t row, uint16_t mask) {
+                             int32_t row, uint16_t mask, uint64_t policy) {
+  CheckPolicy(policy);
   me.reached_others = true;
   for (size_t rank = 0; rank < 16; ++rank) {
     if ((mask >> rank & 1) == 0) continue;
@@ -330,7 +344,9 @@ inline void Write(const Store& store) {
   }
 }
 
-inline void StoreBox(const TensorMap& map, uint32_t from, int32_t column, int32_t row) {
+inline void StoreBox(const TensorMap& map, uint32_t from, int32_t column, int32_t row,
+                     uint64_t policy) {
+  CheckPolicy(policy);
   me.stores.push_back({&map, from, column, row});
 }
 

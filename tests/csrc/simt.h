@@ -136,6 +136,17 @@ void Launch(int64_t num_blocks, unsigned num_threads, Kernel* kernel, Arguments.
 
 inline void __syncthreads() { citi::simt::block->barrier.Wait(); }
 
+// Whether it holds for every thread of the block.
+inline int __syncthreads_and(int holds) {
+  citi::simt::Block& block = *citi::simt::block;
+  block.words[threadIdx.x][0] = holds != 0;
+  block.barrier.Wait();
+  int all = 1;
+  for (const auto& words : block.words) all = all && words[0] != 0;
+  block.barrier.Wait();
+  return all;
+}
+
 inline void __syncwarp(unsigned = 0xffffffffu) {
   citi::simt::block->warps[threadIdx.x / citi::simt::kThreadsOfWarp]->Wait();
 }

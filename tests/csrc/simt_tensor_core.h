@@ -106,6 +106,10 @@ void WaitForCopies() {
   }
 }
 
+inline uint32_t LoadCount(const uint32_t* count) {
+  return __atomic_load_n(count, __ATOMIC_ACQUIRE);
+}
+
 template <class Element>
 uint32_t Pack(float first, float second) {
   return uint32_t{Rounded<Element>(first).bits} | uint32_t{Rounded<Element>(second).bits} << 16;

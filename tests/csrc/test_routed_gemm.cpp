@@ -29,6 +29,8 @@ struct Case {
   int64_t num_tokens, num_in, num_out, num_experts, expert_rank;
   bool has_more;  // the bias of a linear layer, dgate of a gradient
   int num_multiprocessors;
+  bool fits_narrow = false;
+  GemmOrder order = {};
 
   RankShape Ranks() const { return {num_tokens, num_experts, expert_rank}; }
   std::string Name() const {
@@ -77,16 +79,16 @@ class Problem {
         out_(wanted.num_tokens, wanted.is_gradient ? wanted.num_in : wanted.num_out, wanted.dtype,
              0, 16),
         h_(wanted.num_tokens, ranks_.num_ranks(), wanted.dtype, wanted.is_gradient ? 6 : 0),
-        left_(wanted.num_tokens,
-              wanted.is_gradient ? ranks_.num_rows() : ranks_.padded_ranks(), wanted.dtype, 0),
+        left_(wanted.num_tokens, wanted.is_gradient ? ranks_.num_rows() : ranks_.padded_ranks(),
+              wanted.dtype, 0),
         probs_(wanted.num_tokens, ranks_.num_gates(), DType::kFloat32, wanted.is_gradient ? 7 : 0),
         dgate_(wanted.num_tokens, ranks_.num_gates(), DType::kFloat32, 8),
         counts_(static_cast<size_t>((wanted.num_tokens + 127) / 128), 0) {
     // Small logits, so that no gate is nearly 1; rows of padding are zeros.
     for (int64_t i = 0; i < ranks_.num_rows(); ++i) {
       const bool is_gate = i >= ranks_.padded_ranks();
-      const bool is_padding = is_gate ? i >= ranks_.padded_ranks() + ranks_.num_gates()
-                                      : i >= ranks_.num_ranks();
+      const bool is_padding =
+          is_gate ? i >= ranks_.padded_ranks() + ranks_.num_gates() : i >= ranks_.num_ranks();
       for (int64_t k = 0; k < wanted.num_in; ++k) {
         const double factor = is_padding ? 0.0 : is_gate ? 0.0625 : 1.0;
         Put(factor * stack_.Get(i, k), stack_.At(i, k));
@@ -122,6 +124,8 @@ class Problem {
     routed.counts = {counts_.data(), static_cast<int64_t>(counts_.size()) * 4,
                      static_cast<int64_t>(counts_.size())};
     routed.scaling = kScaling;
+    routed.fits_narrow = c.fits_narrow;
+    routed.gemm.order = c.order;
     return routed;
   }
 
@@ -260,7 +264,9 @@ void Run(const RoutedGemm& routed, int num_multiprocessors) {
 
 template <class Tiles, DType kDType>
 void Run(const RoutedGemm& routed, int num_multiprocessors) {
-  if (routed.gemm.is_input_gradient) {
+  if (gemm::TakesSmallTransposedNarrow(routed)) {
+    Run<Tiles, kDType, true, gemm::kSmallTransposedNarrow>(routed, num_multiprocessors);
+  } else if (routed.gemm.is_input_gradient) {
     Run<Tiles, kDType, true, gemm::kMaxNarrow>(routed, num_multiprocessors);
   } else if (gemm::TakesSmallNarrow(routed)) {
     Run<Tiles, kDType, false, gemm::kSmallNarrow>(routed, num_multiprocessors);
@@ -298,6 +304,12 @@ void CheckValuesOfAll() {
   CheckValues<NarrowRoutedTiles>({false, bf16, 1, 72, 8, 20, 2, false, 5});
   CheckValues<NarrowRoutedTiles>({true, bf16, 129, 200, 65, 2, 24, false, 3});
   CheckValues<NarrowRoutedTiles>({false, bf16, 129, 65, 391, 2, 20, true, 3});
+  // No more products than needed, other orders of the units, and cache policies.
+  CheckValues<WideRoutedTiles>({true, bf16, 600, 264, 200, 4, 8, true, 4, true, {1, true}});
+  CheckValues<WideRoutedTiles>({true, f16, 300, 72, 136, 3, 5, false, 2, true, {}});
+  CheckValues<NarrowRoutedTiles>({true, f16, 300, 136, 392, 25, 1, true, 1, true, {16, false}});
+  CheckValues<NarrowRoutedTiles>({true, bf16, 129, 200, 65, 2, 24, false, 3, true, {2, true}});
+  CheckValues<WideRoutedTiles>({false, bf16, 600, 200, 264, 4, 8, true, 4, false, {2, true}});
 }
 
 // Every piece of the output is made once; what a unit waits for is begun before it by a cluster

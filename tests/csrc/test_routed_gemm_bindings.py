@@ -47,6 +47,7 @@ def _arguments(problem: str) -> dict:
             "dgate": _vector(T, G, dtype=torch.float32),
             "dx": _matrix(T, K),
             "dz": _vector(T, Z),
+            "fits_narrow": True,
         },
     }[problem]()
     return own | {
@@ -58,6 +59,7 @@ def _arguments(problem: str) -> dict:
         "probs": _vector(T, G, dtype=torch.float32),
         "counts": compiled.indices(_kept(torch.zeros(2, dtype=torch.int32))),
         "scaling": 0.5,
+        "order": (0, False),
         "device": 0,
         "stream": 0,
     }
@@ -92,6 +94,8 @@ STORAGE = "shape and strides must stay within"
 CONVERSION = "incompatible function arguments"
 # problem, name, entry of its tuple, value, error, message
 WRONG = {
+    "a negative group": ("linear", "order", 0, -1, ValueError, "^order: groups must have 0 to"),
+    "a huge group": ("linear", "order", 0, 1025, ValueError, "^order: groups must have 0 to"),
     "no token": ("linear", "shape", 0, 0, ValueError, r"^num_tokens: must be in \[1, "),
     "no expert": ("linear", "shape", 1, 0, ValueError, "^num_experts: must be in"),
     "tokens beyond int32": ("linear", "shape", 0, 2**31, ValueError, "^shape: sizes must be in"),

@@ -34,6 +34,10 @@ def matrix(*shape: int) -> tuple[int, ...]:
     return compiled.matrix(new(*shape))
 
 
+def numbers(size: int) -> tuple[int, ...]:
+    return compiled.indices(new(size, dtype=torch.int32))
+
+
 def arguments_of(extension: ModuleType, name: str) -> dict:
     """Valid ones, but for the memory they lie in."""
     splits = extension.shrink_cuda_splits(num_tokens=T, num_inputs=K)
@@ -47,6 +51,7 @@ def arguments_of(extension: ModuleType, name: str) -> dict:
                 "shape": (Z, K),
                 "sources": [(matrix(R, K), 0, R, K), (matrix(G, K), P, G, K)],
                 "out": vector(Z, K),
+                "zeros": numbers(3),
             },
             "shrink_cuda": lambda: {
                 "shape": (T, E, R // E),
@@ -78,6 +83,9 @@ def arguments_of(extension: ModuleType, name: str) -> dict:
                 "parts": fp32(shares, K, P),
                 "rank_columns": 0,
                 "dropout": None,
+                "counts": numbers(2),
+                "done": numbers(tiles * shares),
+                "fits_narrow": True,
             },
             "scale_ranks_cuda": lambda: {
                 "shape": (T, E, R // E),
@@ -229,6 +237,10 @@ WRONG = {
         ValueError,
         "dropout: b m",
     ),
+    "few done": ("factor_gradients_cuda", "done", 2, 1, ValueError, "done: must have"),
+    "counts alone": ("factor_gradients_cuda", "done", None, None, ValueError, "counts: come with"),
+    "no count": ("factor_gradients_cuda", "counts", 2, 0, ValueError, "counts: must stay within"),
+    "zeros beyond": ("pack_rows_cuda", "zeros", 1, 11, ValueError, "zeros: must stay within"),
     "fewer parts": ("factor_gradients_cuda", "parts", 3, 64, ValueError, "parts: must have"),
     "h of another size": ("scale_ranks_cuda", "h", 3, 5, ValueError, "h: must have 3600 entries"),
     "scaling by text": ("scale_ranks_cuda", "scaling", None, "1", TypeError, TYPE),
@@ -270,7 +282,7 @@ def test_wrong_numbers_are_named(cuda_extension: ModuleType, case: tuple) -> Non
 WRITTEN = {
     "shrink_cuda": ("h", "u", "probs"),
     "row_product_cuda": ("parts",),
-    "factor_gradients_cuda": ("parts", "du"),
+    "factor_gradients_cuda": ("parts", "du", "done"),
     "scale_ranks_cuda": ("u",),
     "rank_gradients_cuda": ("dz",),
     "update_input_gradient_cuda": ("dx",),

@@ -211,7 +211,9 @@ void RunFactor(const FactorArguments& arguments, const FactorPlan& plan) {
         Invalid(arguments, plan.cut.num_tiles, plan.cut.num_shares));
   const FactorLaunch launch = AsFactorLaunch(arguments, plan);
   const bool has_dropout = arguments.dropout.has_value();
-  if (plan.column_tiles == kUpTiles) {
+  if (plan.column_tiles == kUpTiles && arguments.num_ranks == 0) {
+    LaunchFactor<Element, kUpTiles>(plan, launch, has_dropout);
+  } else if (plan.column_tiles == kUpTiles) {
     simt::LaunchShared(plan.num_blocks, kFactorThreads, static_cast<size_t>(plan.shared_bytes),
                        FactorGradients<Element, kUpTiles, true, false>, launch);
   }
@@ -253,13 +255,15 @@ void CheckSums(const Factors& f, Table<Element>& wide, Table<Element>& narrow, T
 }
 
 template <class Element>
-void CheckFactors(const Factors& f, int64_t limit) {
+void CheckFactors(const Factors& f, int64_t limit, bool fits_narrow = false) {
   Table<Element> wide(f.num_tokens, f.num_columns, 8), narrow(f.num_tokens, f.num_narrow, 16);
   wide.Fill(5, 1.0), narrow.Fill(6, 0.5);
   Table<Element> b(f.num_columns, std::max(f.num_ranks, int64_t{1}));
   b.Fill(7, 0.25);
   const bool gives_ranks = f.num_ranks != 0;
-  const FactorPlan plan = PlanFactor(f.num_tokens, f.num_columns, f.num_narrow, gives_ranks, limit);
+  const FactorPlan plan =
+      PlanFactor(f.num_tokens, f.num_columns, f.num_narrow, gives_ranks, limit, fits_narrow);
+  CHECK(!fits_narrow || plan.column_tiles == kUpTiles, "products that are wider than needed");
   Table<float> du(plan.cut.num_tiles * f.num_tokens, f.num_narrow);
   Table<float> parts(plan.cut.num_shares * f.num_columns, f.num_narrow);
   RunFactor<Element>({f.num_tokens, f.num_columns, f.num_narrow, f.num_ranks, f.rank_columns,
@@ -281,6 +285,47 @@ void CheckFactors(const Factors& f, int64_t limit) {
   }
 }
 
+// A launch that looks at counts does all parts or none; the one behind it those that are not there.
+template <class Element>
+void CheckFactorsInTwo(const Factors& f, int64_t limit) {
+  for (const int32_t last_count : {2, 1}) {
+    Table<Element> wide(f.num_tokens, f.num_columns, 8), narrow(f.num_tokens, f.num_narrow);
+    wide.Fill(5, 1.0), narrow.Fill(6, 0.5);
+    const FactorPlan plan = PlanFactor(f.num_tokens, f.num_columns, f.num_narrow, false, limit);
+    const int64_t num_blocks = plan.cut.num_tiles * plan.cut.num_shares;
+    Table<float> parts(plan.cut.num_shares * f.num_columns, f.num_narrow);
+    std::vector<int32_t> counts(kFactorThreads + 1, 2), done(static_cast<size_t>(num_blocks), 0);
+    counts.back() = last_count;
+    FactorArguments arguments{f.num_tokens,   f.num_columns,    f.num_narrow,      0,
+                              f.rank_columns, wide.AsMatrix(),  narrow.AsMatrix(), Vector{},
+                              Vector{},       parts.AsVector(), f.dropout};
+    arguments.counts = {counts.data(), static_cast<int64_t>(counts.size()) * 4,
+                        static_cast<int64_t>(counts.size())};
+    arguments.done = {done.data(), num_blocks * 4, num_blocks};
+    RunFactor<Element>(arguments, plan);
+    for (const int32_t each : done) CHECK(each == (last_count == 2 ? 1 : 0), "all parts or none");
+    CHECK(std::isnan(parts(0, 0)) == (last_count != 2), "a part that is not counted");
+    const int64_t kept = num_blocks / 2;
+    if (last_count == 2) {
+      // Were they made again, it would show.
+      wide.Fill(9, 2.0);
+    } else {
+      done[static_cast<size_t>(kept)] = 1;
+    }
+    arguments.counts = {};
+    RunFactor<Element>(arguments, plan);
+    wide.Fill(5, 1.0);
+    if (last_count != 2) {
+      const int64_t share = kept / plan.cut.num_tiles, tile = kept % plan.cut.num_tiles;
+      const int64_t column = tile * FactorColumns(plan.column_tiles);
+      CHECK(std::isnan(parts(share * f.num_columns + column, 0)), "a part that was done, again");
+      done[static_cast<size_t>(kept)] = 0;
+      RunFactor<Element>(arguments, plan);
+    }
+    CheckSums(f, wide, narrow, parts, plan.cut.num_shares);
+  }
+}
+
 void CheckAllFactors() {
   // Both rings; shares that end early; columns of two tiles and of less than one; ragged ranks.
   CheckFactors<BFloat16>({150, 264, 32, 32, 0, {}}, kLimits[0]);
@@ -290,6 +335,10 @@ void CheckAllFactors() {
   CheckFactors<BFloat16>({66, 136, 56, 0, 40, kHalf}, kLimits[0]);
   CheckFactors<Float16>({66, 16, 96, 0, 0, {}}, kLimits[1]);
   CheckFactors<BFloat16>({65, 24, 192, 0, 128, kHalf}, kLimits[0]);
+  CheckFactors<BFloat16>({150, 264, 32, 0, 0, {}}, kLimits[0], true);
+  CheckFactors<Float16>({70, 40, 16, 0, 8, kHalf}, kLimits[1], true);
+  CheckFactorsInTwo<BFloat16>({150, 264, 40, 0, 0, {}}, kLimits[0]);
+  CheckFactorsInTwo<Float16>({70, 40, 56, 0, 0, {}}, kLimits[1]);
 }
 
 template <class Element>
@@ -427,16 +476,20 @@ void CheckPack(int64_t num_columns, int64_t num_zeros) {
   Table<Element> out(5 + gap + 4 + 1, out_columns);
   first.Fill(21, 0.3), second.Fill(22, 0.7);
   first(1, 2) = Rounded<First>(std::nanf("")), second(2, 1) = Rounded<Second>(INFINITY);
+  // More of them than chunks to write, too.
+  std::vector<int32_t> zeros(static_cast<size_t>(200), -1);
   Matrix transposed = second.AsMatrix();
   std::swap(transposed.row_stride, transposed.column_stride);
   const PackArguments arguments{
       out.rows,
       out_columns,
       {{first.AsMatrix(), 0, 5, num_columns}, {transposed, 5 + gap, 4, num_columns}},
-      out.AsVector()};
+      out.AsVector(),
+      {zeros.data(), static_cast<int64_t>(zeros.size()) * 4, static_cast<int64_t>(zeros.size())}};
   CHECK(Invalid(arguments).empty(), Invalid(arguments));
   const PackPlan plan = PlanPack(arguments);
   simt::Launch(plan.num_blocks, kPackThreads, PackRows<Element>, plan.launch);
+  for (const int32_t zero : zeros) CHECK(zero == 0, "a number that did not become zero");
   for (int64_t r = 0; r < out.rows; ++r) {
     for (int64_t c = 0; c < out_columns; ++c) {
       float truth = 0.0f;
