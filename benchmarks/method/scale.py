@@ -95,7 +95,7 @@ GPU = Scale(
     max_length=1024,
     eval_max_length=1536,
     max_new_tokens=112,
-    eval_batch_size=128,
+    eval_batch_size=96,
     save_steps=1000,
 )
 SCALES = {scale.name: scale for scale in (CPU, GPU)}

@@ -215,7 +215,7 @@ def test_a_row_on_liger_is_a_training_step(
     monkeypatch: pytest.MonkeyPatch, counted: Counted
 ) -> None:
     monkeypatch.setattr(liger, "why_not", lambda device: None)
-    rows = training._make_steps("mini", (2, 8), "fp32", "cpu")
+    rows = training._make_steps("mini", (2, 8), "fp32", Settings(device="cpu"))
     before = counted.forward
     row = rows["PEFT LoRA + Liger"]
     row.backward(row.forward())
