@@ -9,8 +9,8 @@ CITI_EXTENDED_GEMM 0: the backend "cuda" leaves the base product to cuBLAS and a
                   place, also where one GEMM of ours could compute both (Hopper).
 CITI_ROUTED_GEMM  0: ranks and gates come from passes of their own also where that GEMM could make
                   them.
-CITI_TRIALS       names, between commas, of ways of the backend "cuda" that await a measurement, see
-                  `TRIALS`; results are the same but for the order of sums.
+CITI_TRIALS       names, between commas, of ways of the backend "cuda", see `TRIALS`; empty: none of
+                  them; unset: those that an H100 was faster with. Results are the same to the bit.
 """
 
 from __future__ import annotations
@@ -28,4 +28,5 @@ ROUTED_GEMM: bool = os.environ.get("CITI_ROUTED_GEMM") != "0"
 # keep_weight    L2 keeps weight rather than the output of the GEMM
 # zeros_in_pack  one launch packs the stack and clears the counts
 # group_N        the GEMM goes through all columns with N tiles of rows at a time (8 without)
-TRIALS: frozenset[str] = frozenset(filter(None, os.environ.get("CITI_TRIALS", "").split(",")))
+_FASTER = "down_beside,fit_narrow,fit_up,zeros_in_pack"  # benchmarks/results/H100.md
+TRIALS: frozenset[str] = frozenset(filter(None, os.environ.get("CITI_TRIALS", _FASTER).split(",")))

@@ -86,6 +86,7 @@ def routed_linear(
     y_TN = extended_gemm_cuda.aligned_empty(x_TK, N)
     h_TR, u_TP = x_TK.new_empty(T, sizes.R), x_TK.new_empty(T, sizes.P)
     probs_TG = x_TK.new_empty(T, sizes.G, dtype=torch.float32)
+    counts = _counts(x_TK) if counts is None else counts  # alive until the launch
     compiled.extension().routed_linear_cuda(
         shape=(*sizes.shape, x_TK.shape[1], N),
         x=compiled.matrix(x_TK),
@@ -97,7 +98,7 @@ def routed_linear(
         h=compiled.vector(h_TR),
         u=compiled.vector(u_TP),
         probs=compiled.vector(probs_TG),
-        counts=compiled.indices(_counts(x_TK) if counts is None else counts),
+        counts=compiled.indices(counts),
         scaling=settings.scaling,
         order=_order(),
         **compiled.launch_place(x_TK),
@@ -139,6 +140,7 @@ def routed_input_gradient(
     T, N = dy_TN.shape
     dx_TK = extended_gemm_cuda.aligned_empty(dy_TN, weight_NK.shape[1])
     dz_TZ = dy_TN.new_empty(T, sizes.Z) if dz_TZ is None else dz_TZ
+    counts = _counts(dy_TN) if counts is None else counts  # alive until the launch
     compiled.extension().routed_input_gradient_cuda(
         shape=(*sizes.shape, weight_NK.shape[1], N),
         dy=compiled.matrix(dy_TN),
@@ -150,7 +152,7 @@ def routed_input_gradient(
         stack=compiled.matrix(stack_ZK),
         dx=compiled.matrix(dx_TK),
         dz=compiled.vector(dz_TZ),
-        counts=compiled.indices(_counts(dy_TN) if counts is None else counts),
+        counts=compiled.indices(counts),
         scaling=settings.scaling,
         order=_order(),
         fits_narrow="fit_narrow" in environment.TRIALS,

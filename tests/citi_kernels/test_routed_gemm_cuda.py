@@ -99,7 +99,7 @@ def test_an_input_gradient_reaches_the_kernel(calls: list[tuple[str, dict]]) -> 
     assert name == "routed_input_gradient_cuda"
     assert _counts_of(given) == 2
     assert given.pop("shape") == (200, 3, 5, 24, 16)
-    assert given.pop("fits_narrow") is False
+    assert given.pop("fits_narrow") is True
     assert given.pop("scaling") == 0.5
     assert given.pop("order") == (0, False)
     assert (given.pop("device"), given.pop("stream")) == (0, 7)
