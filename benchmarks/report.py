@@ -24,7 +24,7 @@ from citi.benchmark.tables import NOT_MEASURED, as_markdown, by_shape
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-_PART = re.compile(r"(<!-- benchmark (\S+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PART = re.compile(r"(<!-- benchmark ([^:\n]+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def layer_part(record: Record) -> list[str]:
@@ -49,7 +49,15 @@ PARTS: dict[str, Callable[[Record], list[str]]] = {
     "layer": layer_part,
     **{
         name: _suite_part(name)
-        for name in ("importance", "training", "generation", "top-k", "decode")
+        for name in (
+            "importance",
+            "importance ops",
+            "training",
+            "generation",
+            "top-k",
+            "decode",
+            "linears",
+        )
     },
 }
 
