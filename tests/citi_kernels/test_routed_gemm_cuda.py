@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -28,8 +29,22 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict]]:
     """What reaches `_C`, which does nothing."""
     seen: list[tuple[str, dict]] = []
 
+    made: list[weakref.ref] = []
+    counts_of = op._counts
+
+    def counted(left: Tensor) -> Tensor:
+        counts = counts_of(left)
+        made.append(weakref.ref(counts))
+        return counts
+
     def kernel(name: str):
-        return lambda **arguments: seen.append((name, arguments))
+        def launch(**arguments) -> None:
+            assert made[-1]() is not None, "counts whose memory was given back before the launch"
+            seen.append((name, arguments))
+
+        return launch
+
+    monkeypatch.setattr(op, "_counts", counted)
 
     names = ("routed_linear_cuda", "routed_input_gradient_cuda")
     fake = SimpleNamespace(**{name: kernel(name) for name in names})
