@@ -71,7 +71,7 @@ def pieces_of(names: Sequence[str], num_seeds: int | None) -> dict[Piece, frozen
         candidates = range(len(owner.rates) if len(owner.rates) > 1 else 0)
         searched = [Piece("rates", owner.name, number) for number in candidates]
         rates |= dict.fromkeys(searched, scored(owner, 0))
-        for seed in range(row.seeds if num_seeds is None else min(num_seeds, row.seeds)):
+        for seed in row.seed_range(num_seeds):
             rows[Piece("row", row.name, seed)] = scored(row, seed) | frozenset(searched)
     by_seed = sorted(rows, key=lambda piece: piece.number)
     return scores | rates | {piece: rows[piece] for piece in by_seed}

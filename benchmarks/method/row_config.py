@@ -71,6 +71,10 @@ class RowConfig:
         if problem:
             raise RowConfigError(f"rows/{self.name}.yaml: {problem}")
 
+    def seed_range(self, most: int | None) -> range:
+        """The row's seeds, at most so many of them; None: all."""
+        return range(self.seeds if most is None else min(most, self.seeds))
+
     def _problem(self) -> str | None:
         if self.method not in METHODS:
             return f"method: wanted one of {', '.join(METHODS)}, got {self.method!r}"

@@ -196,7 +196,7 @@ def run_rows(
     """
     results = []
     for row in map(load_row, names):
-        seeds = range(row.seeds if num_seeds is None else min(num_seeds, row.seeds))
+        seeds = row.seed_range(num_seeds)
         results += [run_row(comparison, row, seed, observer=observer) for seed in seeds]
     return results
 
