@@ -91,12 +91,12 @@ GPU = Scale(
     importance_samples=64,
     steps=240,
     search_steps=40,
-    batch_tokens=4096,
-    accumulation=2,
+    batch_tokens=2048,
+    accumulation=4,
     max_length=1024,
     eval_max_length=1536,
     max_new_tokens=112,
-    eval_batch_size=96,
-    save_steps=1000,
+    eval_batch_size=84,
+    save_steps=80,
 )
 SCALES = {scale.name: scale for scale in (CPU, GPU)}

@@ -1,12 +1,14 @@
 """Micro-batches of a number of tokens: what makes the budgets of unlike data equal.
 
 A tool sample is several times as long as a general one. Rows that trained on equal numbers of
-samples would train on unequal numbers of tokens, so micro-batches are cut by tokens here:
+samples would train on unequal numbers of tokens, so optimizer steps are cut by tokens here:
 
-    batch k takes samples until the tokens of batches 0 … k are at least (k + 1) · batch_tokens
+    step k takes samples until the tokens of steps 0 … k are at least (k + 1) · step_tokens
 
-No batch is empty while batch_tokens is at least the longest sample, and all batches together lie
-above their budget by less than one sample.
+and all steps together lie above their budget by less than one sample. The samples of a step are
+then dealt out to its micro-batches by length, which leaves the step's gradient as it is and spares
+padding: on the mix of tool and general data, 2 micro-batches in the order of the samples computed
+2.45 times the real tokens, 4 by length 1.3.
 """
 
 from __future__ import annotations
@@ -22,15 +24,18 @@ from citi.data import Collator
 
 
 def cut_batches(
-    lengths: Sequence[int], *, num_batches: int, batch_tokens: int, seed: int
+    lengths: Sequence[int], *, num_steps: int, accumulation: int, batch_tokens: int, seed: int
 ) -> list[list[int]]:
-    """Indices of samples, batch by batch, over as many shuffled passes as it takes.
+    """Indices of samples, micro-batch by micro-batch, over as many shuffled passes as it takes.
 
     Args:
         lengths: Tokens of each sample, none more than `batch_tokens`.
-        num_batches: How many.
-        batch_tokens: Tokens of a batch, on average.
+        num_steps: Optimizer steps.
+        accumulation: Micro-batches of a step; none is empty.
+        batch_tokens: Tokens of a micro-batch, on average.
         seed: Of the passes' orders.
+    Returns:
+        num_steps · accumulation micro-batches, those of a step the longest samples first.
     Raises:
         ValueError: No sample, or one that is longer than `batch_tokens`.
     """
@@ -42,26 +47,48 @@ def cut_batches(
         )
     batches: list[list[int]] = []
     taken, num_passes, order = 0, 0, []
-    while len(batches) < num_batches:
-        batch = []
-        while taken < (len(batches) + 1) * batch_tokens:
+    for step in range(num_steps):
+        chosen = []
+        while taken < (step + 1) * accumulation * batch_tokens:
             if not order:
                 order = list(range(len(lengths)))
                 random.Random(f"{seed}/{num_passes}").shuffle(order)
                 num_passes += 1
-            batch.append(order.pop())
-            taken += lengths[batch[-1]]
-        batches.append(batch)
+            chosen.append(order.pop())
+            taken += lengths[chosen[-1]]
+        batches += _by_length(chosen, lengths, accumulation)
     return batches
 
 
+def _by_length(chosen: list[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """The samples of a step, sorted and cut into parts of about equal tokens.
+
+    There are enough of them: more than (parts - 1) · batch_tokens tokens, in samples that are no
+    longer than batch_tokens.
+    """
+    order = sorted(chosen, key=lambda index: (lengths[index], index))
+    left = sum(lengths[index] for index in order)
+    cut: list[list[int]] = []
+    for open_parts in range(parts, 0, -1):
+        part = [order.pop()]
+        size = lengths[part[0]]
+        while len(order) >= open_parts and size + lengths[order[-1]] / 2 <= left / open_parts:
+            part.append(order.pop())
+            size += lengths[part[-1]]
+        left -= size
+        cut.append(part)
+    return cut
+
+
 class TokenBatches(Dataset):
-    """A data set whose items are whole micro-batches.
+    """A data set whose items are whole micro-batches, taken in their order.
 
     Args:
         items: What `RenderedDataset` gives, by index.
         batches: What `cut_batches` gives, or a part of it.
     """
+
+    shuffle = False  # an optimizer step takes the micro-batches that were cut for it
 
     def __init__(self, items: Sequence[Mapping], batches: Sequence[Sequence[int]]) -> None:
         self._items = items

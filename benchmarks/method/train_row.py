@@ -106,8 +106,8 @@ class TrainedRow:
 class TrainingStream:
     """The micro-batches of a row, in one order, handed out by stage.
 
-    Rows of the same data, scale and seed get the same micro-batches, however they are cut into
-    stages. The Trainer shuffles within a stage.
+    Rows of the same data, scale and seed get the same micro-batches in the same order, however they
+    are cut into stages.
     """
 
     def __init__(self, assignment: Assignment) -> None:
@@ -143,7 +143,8 @@ class TrainingStream:
         )
         self._batches = cut_batches(
             [len(item["input_ids"]) for item in map(self._items.__getitem__, self._indices())],
-            num_batches=assignment.steps * assignment.scale.accumulation,
+            num_steps=assignment.steps,
+            accumulation=assignment.scale.accumulation,
             batch_tokens=assignment.scale.batch_tokens,
             seed=assignment.seed,
         )

@@ -25,7 +25,8 @@ from citi.recipe import Recipe
 from citi.stages import MI, RP, STAGES, UCO, Stage
 from citi.trainer import CitiTrainer
 
-# From a stage and the tokenizer: its data set, and the collator that makes batches of it.
+# From a stage and the tokenizer: its data set, and the collator that makes batches of it. A data
+# set whose `shuffle` is False keeps its order.
 TrainingData = Callable[[Stage, Any], tuple[Dataset, Any]]
 
 WARM_UP = 0.1
@@ -47,7 +48,13 @@ def recipe_stages(recipe: Recipe) -> tuple[Stage, ...]:
 
 
 def stage_arguments(
-    recipe: Recipe, stage: Stage, *, folder: Path, device: torch.device, dtype: torch.dtype
+    recipe: Recipe,
+    stage: Stage,
+    *,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    shuffle: bool = True,
 ) -> TrainingArguments:
     """The Trainer's settings for a stage: cosine schedule, 10 % warm-up, fp32 trainables.
 
@@ -57,6 +64,7 @@ def stage_arguments(
         folder: Where its checkpoints go.
         device: Of the model.
         dtype: Of the base; bf16 and fp16 bases train under autocast.
+        shuffle: Whether each epoch has an order of its own.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -70,6 +78,7 @@ def stage_arguments(
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=recipe.save_steps,
+        train_sampling_strategy="random" if shuffle else "sequential",
         seed=recipe.seed,
         data_seed=recipe.seed + _DATA_SEEDS.get(stage.name, 0),
         bf16=dtype == torch.bfloat16,
@@ -103,7 +112,7 @@ def train_stage(
 
     Args:
         model: The PEFT model as the stage before left it.
-        dataset: Rendered samples.
+        dataset: Rendered samples, or items of another kind that `collator` knows.
         collator: Makes batches with `task_types` of them.
         recipe: Settings.
         stage: What trains, how fast, how long.
@@ -132,7 +141,14 @@ def train_stage(
     use_cache = model.config.use_cache  # the Trainer switches it off for good
     trainer = CitiTrainer(
         model=model,
-        args=stage_arguments(recipe, stage, folder=folder, device=device, dtype=dtype),
+        args=stage_arguments(
+            recipe,
+            stage,
+            folder=folder,
+            device=device,
+            dtype=dtype,
+            shuffle=getattr(dataset, "shuffle", True),
+        ),
         train_dataset=dataset,
         data_collator=collator,
         stage=stage if routed else None,

@@ -11,34 +11,48 @@ import torch
 from benchmarks.method.token_batches import BatchCollator, TokenBatches, cut_batches, stage_steps
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_every_prefix_of_the_batches_keeps_its_budget_within_one_sample(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(8))
+def test_every_step_keeps_its_budget_and_its_samples_are_dealt_out_by_length(seed: int) -> None:
     generator = random.Random(seed)
     longest = generator.randint(5, 60)
     lengths = [generator.randint(1, longest) for _ in range(generator.randint(1, 40))]
-    budget = longest + generator.randint(0, 40)
+    accumulation, size = generator.randint(1, 5), longest + generator.randint(0, 40)
+    cut = {"accumulation": accumulation, "batch_tokens": size, "seed": seed}
+    batches = cut_batches(lengths, num_steps=30, **cut)
     taken = 0
-    for number, batch in enumerate(
-        cut_batches(lengths, num_batches=30, batch_tokens=budget, seed=seed), start=1
-    ):
-        assert batch
-        taken += sum(lengths[index] for index in batch)
-        assert 0 <= taken - number * budget < longest
+    assert len(batches) == 30 * accumulation
+    for step in range(30):
+        parts = batches[step * accumulation : (step + 1) * accumulation]
+        assert all(parts)
+        tokens = [lengths[index] for part in parts for index in part]
+        assert tokens == sorted(tokens, reverse=True)
+        taken += sum(tokens)
+        assert 0 <= taken - (step + 1) * accumulation * size < longest
+
+
+def test_micro_batches_of_a_step_have_about_equal_tokens() -> None:
+    cut = {"accumulation": 2, "batch_tokens": 8, "seed": 0}
+    lengths = [8, 2, 2, 2, 2]  # one pass is one step
+    assert [sorted(part) for part in cut_batches(lengths, num_steps=1, **cut)] == [
+        [0],
+        [1, 2, 3, 4],
+    ]
 
 
 def test_every_sample_is_taken_once_a_pass_in_another_order() -> None:
-    batches = cut_batches([4] * 10, num_batches=10, batch_tokens=8, seed=3)
+    cut = {"accumulation": 1, "batch_tokens": 4}
+    batches = cut_batches([4] * 10, num_steps=20, **cut, seed=3)
     order = [index for batch in batches for index in batch]
-    first, second = order[:10], order[10:20]
+    first, second = order[:10], order[10:]
     assert Counter(first) == Counter(second) == Counter(range(10))
     assert first != second
-    assert cut_batches([4] * 10, num_batches=10, batch_tokens=8, seed=3) == batches
-    assert cut_batches([4] * 10, num_batches=10, batch_tokens=8, seed=4) != batches
+    assert cut_batches([4] * 10, num_steps=20, **cut, seed=3) == batches
+    assert cut_batches([4] * 10, num_steps=20, **cut, seed=4) != batches
 
 
 def test_a_sample_that_is_longer_than_a_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_tokens"):
-        cut_batches([4, 9], num_batches=2, batch_tokens=8, seed=0)
+        cut_batches([4, 9], num_steps=2, accumulation=1, batch_tokens=8, seed=0)
 
 
 def test_a_batch_is_padded_as_its_samples_would_be() -> None:

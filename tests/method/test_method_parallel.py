@@ -71,7 +71,7 @@ def test_side_by_side_gives_what_one_after_the_other_gives(tmp_path: Path) -> No
 
 def test_a_piece_that_fails_is_named_and_the_others_are_done(tmp_path: Path) -> None:
     comparison = open_tiny(tmp_path, tmp_path / "out")
-    damaged = comparison.search / "lora" / "learning0.0001.json"
+    damaged = comparison.search / "lora" / "learning0.0003.json"
     damaged.parent.mkdir(parents=True)
     damaged.write_text("{")
     failed = r"1 of 5 failed: rates lora 0: SavedFileError.*; 1 more need them"
