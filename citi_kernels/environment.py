@@ -26,6 +26,7 @@ ROUTED_GEMM: bool = os.environ.get("CITI_ROUTED_GEMM") != "0"
 # fit_up         db takes no wider products than its rank needs
 # fit_narrow     the GEMM's gradient of ranks takes none wider than 32 columns
 # keep_weight    L2 keeps weight rather than the output of the GEMM
+# one_call       a layer's launches come from one call of C++ a direction; not yet run on a GPU
 # zeros_in_pack  one launch packs the stack and clears the counts
 # group_N        the GEMM goes through all columns with N tiles of rows at a time (8 without)
 _FASTER = "down_beside,fit_narrow,fit_up,zeros_in_pack"  # benchmarks/results/H100.md

@@ -46,6 +46,7 @@ from torch import Tensor
 from citi_kernels import environment
 from citi_kernels.ops import (
     extended_gemm_cuda,
+    molora_layer_cuda,
     molora_linear_cuda_top_k,
     molora_linear_torch,
     routed_gemm_cuda,
@@ -54,6 +55,8 @@ from citi_kernels.ops import molora_linear_reference as definition
 from citi_kernels.ops import skinny_cuda as skinny
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
 from citi_kernels.ops.molora_linear_cuda_gradients import (
+    MIN_EXTENDED_TOKENS,
+    MIN_ROUTED_TOKENS,
     add_product,
     finite,
     gradients_beside,
@@ -118,7 +121,14 @@ def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tens
     if other is not None:
         return other.forward(operands, settings)
     x_TK, sizes = _in_rows(x_TK), _sizes(x_TK.shape[0], a_RK, settings)
-    y_TN, h_TR, probs_TG = _routed(operands._replace(x=x_TK), sizes, settings)
+    operands = operands._replace(x=x_TK)
+    if molora_layer_cuda.takes(x_TK, operands, settings, MIN_EXTENDED_TOKENS):
+        is_routed = molora_layer_cuda.is_routed(sizes.T, sizes, MIN_ROUTED_TOKENS)
+        y_TN, h_TR, probs_TG = molora_layer_cuda.forward(
+            operands, sizes, settings, is_routed=is_routed
+        )
+    else:
+        y_TN, h_TR, probs_TG = _routed(operands, sizes, settings)
     gate_sums_BG = None
     if settings.segment_ids is not None:
         # a marked probability is below 0 or -0
@@ -185,6 +195,16 @@ def backward(
     if dgate_sums_BG is not None and needs_rank(needs):
         # the padded row of zeros is the last, where a segment of -1 points
         dgate_TG = F.pad(dgate_sums_BG.float(), (0, 0, 0, 1))[settings.segment_ids]
+    if (
+        needs.x
+        and dy_TN is not None
+        and molora_layer_cuda.takes(dy_TN, operands, settings, MIN_EXTENDED_TOKENS)
+    ):
+        is_routed = molora_layer_cuda.is_routed(sizes.T, sizes, MIN_ROUTED_TOKENS)
+        dx_TK, da_RK, db_NR, drouter_GK = molora_layer_cuda.backward(
+            dy_TN, dgate_TG, operands, saved, sizes, settings, needs, is_routed=is_routed
+        )
+        return gradients._replace(x=dx_TK, a=da_RK, b=db_NR, router=drouter_GK)
     is_extended = needs.x and settings.dropout_p == 0 and dy_TN is not None
     is_extended = is_extended and takes_extended(dy_TN, operands.weight, settings)
     run = gradients_beside if is_extended else gradients_in_turn

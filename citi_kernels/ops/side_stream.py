@@ -77,6 +77,11 @@ class Beside:
             self._current.wait_event(side.record_event())
 
 
+def handle(device: torch.device) -> int:
+    """Of the second stream, for a function of `_C` that forks and joins by itself."""
+    return _side_stream(device).cuda_stream
+
+
 def _current_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.current_stream(device)
 

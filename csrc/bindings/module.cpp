@@ -70,6 +70,7 @@ PYBIND11_MODULE(_C, module) {
   citi::BindExtendedGemm(module);
   citi::BindRoutedGemm(module);
   citi::BindGrouped(module);
+  citi::BindLayer(module);
   citi::BindSkinny(module);
 #endif
 }

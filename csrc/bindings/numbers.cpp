@@ -41,6 +41,12 @@ Vector AsVector(const char* name, const std::optional<VectorNumbers>& numbers) {
   return vector;
 }
 
+Indices AsIndices(const std::optional<IndexNumbers>& numbers) {
+  if (!numbers) return {};
+  const auto& [data, num_bytes, size] = *numbers;
+  return {reinterpret_cast<const int32_t*>(data), num_bytes, size};
+}
+
 void CheckThreads(int64_t num_threads) {
   if (num_threads < 1 || num_threads > kMaxThreads) {
     Refuse("num_threads: must be in [1, 4096], got " + std::to_string(num_threads));

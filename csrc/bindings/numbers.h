@@ -19,6 +19,8 @@ namespace citi {
 using MatrixNumbers = std::tuple<uintptr_t, int64_t, int32_t, int64_t, int64_t>;
 // data, num_bytes, dtype, size
 using VectorNumbers = std::tuple<uintptr_t, int64_t, int32_t, int64_t>;
+// data, num_bytes, size; of int32
+using IndexNumbers = std::tuple<uintptr_t, int64_t, int64_t>;
 
 [[noreturn]] void Refuse(const std::string& problem);
 
@@ -26,6 +28,7 @@ Matrix AsMatrix(const char* name, const MatrixNumbers& numbers);
 Matrix AsMatrix(const char* name, const std::optional<MatrixNumbers>& numbers);
 Vector AsVector(const char* name, const VectorNumbers& numbers);
 Vector AsVector(const char* name, const std::optional<VectorNumbers>& numbers);
+Indices AsIndices(const std::optional<IndexNumbers>& numbers);
 
 void CheckThreads(int64_t num_threads);
 
@@ -44,6 +47,7 @@ void BindParameterScores(pybind11::module_& module);
 void BindExtendedGemm(pybind11::module_& module);
 void BindRoutedGemm(pybind11::module_& module);
 void BindGrouped(pybind11::module_& module);
+void BindLayer(pybind11::module_& module);
 void BindSkinny(pybind11::module_& module);
 
 }  // namespace citi

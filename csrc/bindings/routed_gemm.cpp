@@ -13,8 +13,6 @@ namespace {
 using RoutedShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 // group_rows, keeps_right
 using OrderNumbers = std::tuple<int64_t, bool>;
-// data, num_bytes, size; of int32
-using IndexNumbers = std::tuple<uintptr_t, int64_t, int64_t>;
 
 // Before sizes are multiplied.
 RankShape AsRankShape(int64_t num_tokens, int64_t num_experts, int64_t expert_rank) {
@@ -22,11 +20,6 @@ RankShape AsRankShape(int64_t num_tokens, int64_t num_experts, int64_t expert_ra
   const std::string problem = Invalid(shape);
   if (!problem.empty()) Refuse(problem);
   return shape;
-}
-
-Indices AsCounts(const IndexNumbers& numbers) {
-  const auto& [data, num_bytes, size] = numbers;
-  return {reinterpret_cast<const int32_t*>(data), num_bytes, size};
 }
 
 GemmOrder AsOrder(const OrderNumbers& numbers) {
@@ -69,7 +62,7 @@ void RoutedLinear(const RoutedShape& shape, const MatrixNumbers& x, const Matrix
   routed.narrow = AsMatrix("stack", stack);
   routed.h = AsVector("h", h);
   routed.probs = AsVector("probs", probs);
-  routed.counts = AsCounts(counts);
+  routed.counts = AsIndices(counts);
   routed.scaling = scaling;
   routed.gemm.order = AsOrder(order);
   Run(routed, device, stream);
@@ -94,7 +87,7 @@ void RoutedInputGradient(const RoutedShape& shape, const MatrixNumbers& dy,
   routed.h = AsVector("h", h);
   routed.probs = AsVector("probs", probs);
   routed.dgate = AsVector("dgate", dgate);
-  routed.counts = AsCounts(counts);
+  routed.counts = AsIndices(counts);
   routed.scaling = scaling;
   routed.gemm.order = AsOrder(order);
   routed.fits_narrow = fits_narrow;

@@ -18,8 +18,7 @@ using DropoutNumbers = std::tuple<uint32_t, uint32_t, uint32_t, float>;
 using OptionalVector = std::optional<VectorNumbers>;
 // matrix, first_row, num_rows, num_columns
 using PackedNumbers = std::tuple<MatrixNumbers, int64_t, int64_t, int64_t>;
-// data, num_bytes, size; of int32
-using NumbersOfGpu = std::optional<std::tuple<uintptr_t, int64_t, int64_t>>;
+using NumbersOfGpu = std::optional<IndexNumbers>;
 // out, first, count, is_transposed
 using SumOutputNumbers = std::tuple<VectorNumbers, int64_t, int64_t, bool>;
 
@@ -40,12 +39,6 @@ Dropout AsDropout(const DropoutNumbers& numbers) {
 
 std::optional<Dropout> AsDropout(const std::optional<DropoutNumbers>& numbers) {
   return numbers ? std::optional(AsDropout(*numbers)) : std::nullopt;
-}
-
-Indices AsIndices(const NumbersOfGpu& numbers) {
-  if (!numbers) return {};
-  const auto& [data, num_bytes, size] = *numbers;
-  return {reinterpret_cast<const int32_t*>(data), num_bytes, size};
 }
 
 void CheckSize(const char* name, int64_t size, int64_t most = kMaxSize) {

@@ -1,5 +1,4 @@
-// The extended GEMM that makes its own extension, on a Hopper GPU (compute capability 9.0). Not
-// yet run on one.
+// The extended GEMM that makes its own extension, on a Hopper GPU (compute capability 9.0).
 #pragma once
 
 #include <cuda_runtime_api.h>
