@@ -7,8 +7,8 @@ samples would train on unequal numbers of tokens, so optimizer steps are cut by 
 
 and all steps together lie above their budget by less than one sample. The samples of a step are
 then dealt out to its micro-batches by length, which leaves the step's gradient as it is and spares
-padding: on the mix of tool and general data, 2 micro-batches in the order of the samples computed
-2.45 times the real tokens, 4 by length 1.3.
+padding: of the mix of tool and general data, 2 micro-batches in the order of the samples are 2.45
+times the real tokens, 2 by length 1.7.
 """
 
 from __future__ import annotations

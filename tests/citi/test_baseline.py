@@ -9,6 +9,7 @@ import pytest
 import torch
 from run_cases import adapter_tensors, tiny_recipe
 from torch import nn
+from torch.utils.data import Dataset
 
 import citi.baseline
 from citi.base_model import load_base
@@ -126,6 +127,44 @@ def test_the_callers_training_data_is_what_a_stage_trains_on(tmp_path: Path) -> 
     train_baseline(recipe, folder, Baseline(), stages=stages, training_data=training_data)
     assert asked == ["lora"]
     assert logged(folder) == [("lora", 1), ("lora", 2), ("lora", 3)], "nine samples, three a step"
+
+
+class Numbered(Dataset):
+    """Samples whose first token says which they are."""
+
+    def __init__(self, shuffle: bool | None = None) -> None:
+        if shuffle is not None:
+            self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> dict:
+        return {"input_ids": [index + 5, 6, 7], "labels": [-100, 6, 7], "task_type": 0}
+
+
+@pytest.mark.parametrize(("shuffle", "is_in_order"), [(None, False), (True, False), (False, True)])
+def test_a_data_set_may_keep_its_order(
+    tmp_path: Path, shuffle: bool | None, is_in_order: bool
+) -> None:
+    taken = []
+
+    def training_data(stage, tokenizer):
+        def collate(items):
+            taken.extend(item["input_ids"][0] - 5 for item in items)
+            return Collator(tokenizer.pad_token_id)(items)
+
+        return Numbered(shuffle), collate
+
+    train_baseline(
+        tiny_recipe(tmp_path, **SHORT),
+        tmp_path / "lora",
+        Baseline(),
+        stages=[lora_stage(1e-2, 1.0)],
+        training_data=training_data,
+    )
+    assert sorted(taken) == list(range(9))
+    assert (taken == list(range(9))) == is_in_order
 
 
 def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
