@@ -9,7 +9,6 @@ segments; they are ours.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,13 +113,15 @@ def molora_linear(
     is_cuda_first = molora_linear_cuda.is_fastest(x_TK, num_experts, top_k, dropout_p)
     backend = backends.choose("molora_linear", x_TK, first="cuda" if is_cuda_first else None)
     scaling, count = float(scaling), num_segments or 0
-    rest = (num_experts, scaling, top_k, renormalize, segment_ids, count, dropout_p, dropout_seed)
+    settings = Settings(
+        num_experts, scaling, top_k, renormalize, segment_ids, count, dropout_p, dropout_seed
+    )
     if backend == "reference":
-        return _reference(operands, Settings(*rest), shape)
+        return _reference(operands, settings, shape)
     if is_plain_eager(x_TK, weight, bias, a, b, router):
-        y_TN, gate_sums_BG = _EagerMoLoRALinear.apply(*operands, *rest, backend)
+        y_TN, gate_sums_BG = _EagerMoLoRALinear.apply(*operands, settings, backend)
     else:
-        y_TN, _, _, _, gate_sums_BG = _molora_linear(*operands, *rest, backend)
+        y_TN, _, _, _, gate_sums_BG = _molora_linear(*operands, *settings, backend)
     y = y_TN.reshape(*shape[:-1], y_TN.shape[1])
     return y, None if segment_ids is None else gate_sums_BG
 
@@ -166,7 +167,6 @@ def _run_forward(
 
     What does not exist is empty: kept (0,) without top_k, gate_sums (0,) without segment_ids.
     """
-    operands = Operands(x, weight, bias, a, b, router)
     settings = Settings(
         num_experts,
         scaling,
@@ -177,14 +177,21 @@ def _run_forward(
         dropout_p,
         dropout_seed,
     )
-    check(operands, settings)
-    check_values(settings)
-    run = backends.find("molora_linear", backend)
-    with without_autocast(x):
-        y_TN, saved, gate_sums_BG = run.forward(operands, settings)
+    operands = Operands(x, weight, bias, a, b, router)
+    y_TN, saved, gate_sums_BG = _checked_forward(operands, settings, backend)
     if gate_sums_BG is None:
         gate_sums_BG = saved.probs.new_empty(0)
     return y_TN, *_as_outputs(saved), gate_sums_BG
+
+
+def _checked_forward(
+    operands: Operands, settings: Settings, backend: str
+) -> tuple[Tensor, Saved, Tensor | None]:
+    check(operands, settings)
+    check_values(settings)
+    run = backends.find("molora_linear", backend)
+    with without_autocast(operands.x):
+        return run.forward(operands, settings)
 
 
 _molora_linear = torch.library.custom_op("citi::molora_linear", _run_forward, mutates_args=())
@@ -251,16 +258,33 @@ def _run_backward(
     )
     saved = Saved(h, probs, kept if settings.is_sparse else None)
     operands = Operands(x, weight, None, a, b, router)
+    gradients = _rounded_gradients(
+        dy, dgate_sums, operands, saved, settings, Needs(*needs), backend
+    )
+    return tuple(h.new_empty(0) if each is None else each for each in gradients)
+
+
+def _rounded_gradients(
+    dy: Tensor | None,
+    dgate_sums: Tensor | None,
+    operands: Operands,
+    saved: Saved,
+    settings: Settings,
+    needs: Needs,
+    backend: str,
+) -> list[Tensor | None]:
+    """Of x, weight, bias, a, b, router: contiguous, in their dtypes; None where not asked for."""
     run = backends.find("molora_linear", backend)
-    with without_autocast(h):
-        gradients = run.backward(dy, dgate_sums, operands, saved, settings, Needs(*needs))
-    dtypes = (h.dtype, h.dtype, h.dtype, a.dtype, b.dtype, router.dtype)
-    return tuple(
-        h.new_empty(0)
+    dtype = saved.h.dtype
+    with without_autocast(saved.h):
+        gradients = run.backward(dy, dgate_sums, operands, saved, settings, needs)
+    dtypes = (dtype, dtype, dtype, operands.a.dtype, operands.b.dtype, operands.router.dtype)
+    return [
+        None
         if gradient is None
         else gradient.to(dtype, memory_format=torch.contiguous_format).contiguous()
         for gradient, dtype in zip(gradients, dtypes, strict=True)
-    )
+    ]
 
 
 _molora_linear_backward = torch.library.custom_op(
@@ -292,37 +316,36 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, h, probs, kept, _ = output
-    ctx.mark_non_differentiable(h, probs, kept)
-    _keep(ctx, inputs, h, probs, kept)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], h: Tensor, probs: Tensor, kept: Tensor) -> None:
-    x, weight, _, a, b, router, *rest = inputs
-    ctx.set_materialize_grads(False)
-    needs = Needs(*ctx.needs_input_grad[:6])
-    x_if_needed = x if needs.weight or needs.a or needs.router else None
-    weight_if_needed = weight if needs.x else None  # under autocast it may be a copy
-    ctx.save_for_backward(x_if_needed, weight_if_needed, a, b, router, h, probs, kept)
+    operands, rest = Operands(*inputs[:6]), inputs[6:]
+    _, *saved, _ = output
+    ctx.mark_non_differentiable(*saved)
+    _keep(ctx, operands, Saved(*saved))
     # segment_ids and dropout_seed stay attributes: the list of saved tensors must be the same when
     # activation checkpointing runs the forward again without a routing context
     ctx.rest, ctx.backend = tuple(rest[:-1]), rest[-1]
 
 
-def _backward(
-    ctx: Any, dy: Tensor | None, _h: None, _probs: None, _kept: None, dgate_sums: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dy, dgate_sums, _molora_linear_backward)
+def _keep(ctx: Any, operands: Operands, saved: Saved) -> None:
+    x, weight, _, a, b, router = operands
+    ctx.set_materialize_grads(False)
+    needs = Needs(*ctx.needs_input_grad[:6])
+    x_if_needed = x if needs.weight or needs.a or needs.router else None
+    weight_if_needed = weight if needs.x else None  # under autocast it may be a copy
+    ctx.save_for_backward(x_if_needed, weight_if_needed, a, b, router, *saved)
 
 
-def _gradients(
-    ctx: Any, dy: Tensor | None, dgate_sums: Tensor | None, run: Callable
-) -> tuple[Tensor | None, ...]:
-    has_segments = ctx.rest[4] is not None
+def _needs_of(ctx: Any, dy: Tensor | None) -> Needs:
     needs = Needs(*ctx.needs_input_grad[:6])
     if dy is None:
         needs = needs._replace(weight=False, bias=False, a=False, b=False)
-    gradients = run(
+    return needs
+
+
+def _backward(
+    ctx: Any, dy: Tensor | None, _h: None, _probs: None, _kept: None, dgate_sums: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    has_segments, needs = ctx.rest[4] is not None, _needs_of(ctx, dy)
+    gradients = _molora_linear_backward(
         dy,
         dgate_sums if has_segments else None,
         *ctx.saved_tensors,
@@ -341,9 +364,11 @@ class _EagerMoLoRALinear(torch.autograd.Function):
     """The op without PyTorch's dispatch of custom ops, which takes longer than a small layer."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        y_TN, h, probs, kept, gate_sums_BG = _run_forward(*inputs)
-        _keep(ctx, inputs, h, probs, kept)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        operands, (settings, backend) = Operands(*inputs[:6]), inputs[6:]
+        y_TN, saved, gate_sums_BG = _checked_forward(operands, settings, backend)
+        _keep(ctx, operands, saved)
+        ctx.settings, ctx.backend = settings, backend
         return y_TN, gate_sums_BG
 
     @staticmethod
@@ -351,7 +376,12 @@ class _EagerMoLoRALinear(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dgate_sums: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy, dgate_sums, _run_backward)
+        x, weight, a, b, router, *saved = ctx.saved_tensors
+        operands, needs = Operands(x, weight, None, a, b, router), _needs_of(ctx, dy)
+        gradients = _rounded_gradients(
+            dy, dgate_sums, operands, Saved(*saved), ctx.settings, needs, ctx.backend
+        )
+        return (*gradients, None, None)
 
 
 def is_plain_eager(*tensors: Tensor | None) -> bool:
