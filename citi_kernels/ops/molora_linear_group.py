@@ -9,6 +9,7 @@ R = E·r, G = E + 1 gate entries, B segments (samples); L layers, as a suffix of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +21,12 @@ from citi_kernels.ops import molora_linear_cuda
 from citi_kernels.ops.molora_linear import (
     as_autocast,
     autocast_is_on,
+    is_plain_eager,
     molora_linear,
 )
 from citi_kernels.ops.molora_linear_checks import flat_segment_ids
 from citi_kernels.ops.molora_linear_contract import Settings
-from citi_kernels.ops.molora_linear_group_op import group_op
+from citi_kernels.ops.molora_linear_group_op import EagerGroup, group_op
 
 _LISTS = ("weights", "biases", "a", "b", "routers")
 
@@ -167,6 +169,25 @@ def _one_op(
     shape, x_TK = x.shape, x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if segment_ids is not None:
         segment_ids = flat_segment_ids(segment_ids, shape, x_TK.shape[0])
+    backend = backends.choose("molora_linear", x_TK)
+    if is_plain_eager(x_TK, *weights, *biases, *a, *b, *routers):
+        settings_L = [
+            Settings(
+                options["num_experts"],
+                float(options["scaling"]),
+                options["top_k"],
+                options["renormalize"],
+                segment_ids,
+                num_segments or 0,
+                options["dropout_p"],
+                seed,
+            )
+            for seed in seeds
+        ]
+        operands = itertools.chain(*zip(weights, biases, a, b, routers, strict=True))
+        outputs = EagerGroup.apply(settings_L, backend, x_TK, *operands)
+        pairs = zip(outputs[::2], outputs[1::2], strict=True)
+        return [(y_TN.reshape(*shape[:-1], y_TN.shape[1]), sums) for y_TN, sums in pairs]
     y_LTN, _, _, gate_sums_LBG = group_op(
         x_TK,
         [each for each in weights if each is not None],
@@ -184,7 +205,7 @@ def _one_op(
         num_segments or 0,
         options["dropout_p"],
         [each for each in seeds if each is not None],
-        backends.choose("molora_linear", x_TK),
+        backend,
     )
     y_L = [y_TN.reshape(*shape[:-1], y_TN.shape[1]) for y_TN in y_LTN]
     return list(zip(y_L, gate_sums_LBG or [None] * len(y_L), strict=True))

@@ -11,10 +11,13 @@ B segments; L layers, as a suffix of lists.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from citi_kernels import backends
 from citi_kernels.ops.molora_linear import without_autocast
@@ -60,16 +63,23 @@ def group_op(
         dropout_p,
         dropout_seeds,
     )
+    y_LTN, saved_L, gate_sums_LBG = _checked_forward(operands_L, settings_L, backend)
+    has_sums = segment_ids is not None
+    h, probs = [each.h for each in saved_L], [each.probs for each in saved_L]
+    return y_LTN, h, probs, gate_sums_LBG if has_sums else []
+
+
+def _checked_forward(
+    operands_L: list[Operands], settings_L: list[Settings], backend: str
+) -> tuple[list[Tensor], list[Saved], list[Tensor | None]]:
     for operands, settings in zip(operands_L, settings_L, strict=True):
         check(operands, settings)
     check_values(settings_L[0])
     run = backends.find("molora_linear", backend)
-    with without_autocast(x):
+    with without_autocast(operands_L[0].x):
         outputs = run.forward_group(operands_L, settings_L)
     y_LTN, saved_L, gate_sums_LBG = (list(each) for each in zip(*outputs, strict=True))
-    has_sums = segment_ids is not None
-    h, probs = [each.h for each in saved_L], [each.probs for each in saved_L]
-    return y_LTN, h, probs, gate_sums_LBG if has_sums else []
+    return y_LTN, saved_L, gate_sums_LBG
 
 
 @group_op.register_fake
@@ -140,27 +150,46 @@ def group_op_backward(
         for weight, *each in zip(weights, a, b, routers, strict=True)
     ]
     saved_L = [Saved(*each, None) for each in zip(h, probs, strict=True)]
-    run = backends.find("molora_linear", backend)
-    with without_autocast(h[0]):
-        dx_TK, gradients_L = run.backward_group(
-            list(zip(dy, dgate_sums, strict=True)),
-            operands_L,
-            saved_L,
-            settings_L,
-            _needs_of_layers(needs),
-        )
-    like = (h, h, a, b, routers)
+    incoming_L, needs_L = list(zip(dy, dgate_sums, strict=True)), _needs_of_layers(needs)
+    dx_TK, gradients_L = _gradients(incoming_L, operands_L, saved_L, settings_L, needs_L, backend)
     by_operand = zip(*(each[1:] for each in gradients_L), strict=True)
-    return _as_output(dx_TK, h[0]), *(
-        [_as_output(*pair) for pair in zip(gradients, tensors, strict=True)]
+    like = (h, h, a, b, routers)
+    return _or_empty(dx_TK, h[0]), *(
+        [_or_empty(*pair) for pair in zip(gradients, tensors, strict=True)]
         for gradients, tensors in zip(by_operand, like, strict=True)
     )
 
 
-def _as_output(gradient: Tensor | None, like: Tensor) -> Tensor:
+def _gradients(
+    incoming_L: list[tuple[Tensor | None, Tensor | None]],
+    operands_L: list[Operands],
+    saved_L: list[Saved],
+    settings_L: list[Settings],
+    needs_L: list[Needs],
+    backend: str,
+) -> tuple[Tensor | None, list[Operands]]:
+    """dx, and of each layer the others: contiguous, in their dtypes; None where not asked for."""
+    run = backends.find("molora_linear", backend)
+    like_x = saved_L[0].h
+    with without_autocast(like_x):
+        dx_TK, gradients_L = run.backward_group(
+            incoming_L, operands_L, saved_L, settings_L, needs_L
+        )
+    rounded_L = []
+    for gradients, operands in zip(gradients_L, operands_L, strict=True):
+        like = (like_x, like_x, like_x, operands.a, operands.b, operands.router)
+        rounded_L.append(Operands(*map(_rounded, gradients, like)))
+    return _rounded(dx_TK, like_x), rounded_L
+
+
+def _rounded(gradient: Tensor | None, like: Tensor) -> Tensor | None:
     if gradient is None:
-        return like.new_empty(0)
+        return None
     return gradient.to(like.dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if gradient is None else gradient
 
 
 @group_op_backward.register_fake
@@ -279,6 +308,58 @@ def _run_backward(
 
 
 group_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class EagerGroup(torch.autograd.Function):
+    """The op without PyTorch's dispatch of custom ops, which takes longer than small layers.
+
+    apply(settings_L, backend, x, *operands): weight, bias, a, b and router of each layer, the first
+    two maybe None. Returns y (T, N) and gate_sums (B, G), None without segments, of each layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings_L: list[Settings], backend: str, x: Tensor, *operands: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        operands_L = [Operands(x, *each) for each in _by_layer(operands)]
+        y_LTN, saved_L, gate_sums_LBG = _checked_forward(operands_L, settings_L, backend)
+        ctx.set_materialize_grads(False)
+        needs_x, *flags = ctx.needs_input_grad[2:]
+        needs_L = [Needs(needs_x, *each) for each in _by_layer(flags)]
+        is_x_needed = any(each.weight or each.a or each.router for each in needs_L)
+        kept = [
+            (each.weight if needs_x else None, each.a, each.b, each.router, saved.h, saved.probs)
+            for each, saved in zip(operands_L, saved_L, strict=True)
+        ]
+        ctx.save_for_backward(x if is_x_needed else None, *itertools.chain(*kept))
+        ctx.needs_L, ctx.settings_L, ctx.backend = needs_L, settings_L, backend
+        return tuple(itertools.chain(*zip(y_LTN, gate_sums_LBG, strict=True)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        kept_L = _by_layer(kept, size=6)
+        incoming_L = _by_layer(incoming, size=2)
+        needs_L = [_answerable(*each) for each in zip(ctx.needs_L, incoming_L, strict=True)]
+        reached = [i for i, needs in enumerate(needs_L) if any(needs)]
+        dx_TK, gradients_L = None, [Operands(*[None] * 6)] * len(needs_L)
+        if reached:
+            dx_TK, found = _gradients(
+                [incoming_L[i] for i in reached],
+                [Operands(x, kept_L[i][0], None, *kept_L[i][1:4]) for i in reached],
+                [Saved(*kept_L[i][4:], None) for i in reached],
+                [ctx.settings_L[i] for i in reached],
+                [needs_L[i] for i in reached],
+                ctx.backend,
+            )
+            for i, gradients in zip(reached, found, strict=True):
+                gradients_L[i] = gradients
+        return None, None, dx_TK, *itertools.chain(*(each[1:] for each in gradients_L))
+
+
+def _by_layer(flat: Sequence[Any], size: int = 5) -> list[tuple[Any, ...]]:
+    return [tuple(flat[start : start + size]) for start in range(0, len(flat), size)]
 
 
 def _operands(
