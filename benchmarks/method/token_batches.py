@@ -4,6 +4,7 @@ A tool sample is several times as long as a general one. Rows that trained on eq
 samples would train on unequal numbers of tokens, so optimizer steps are cut by tokens here:
 
     step k takes samples until the tokens of steps 0 … k are at least (k + 1) · step_tokens
+    step_tokens = accumulation · batch_tokens
 
 and all steps together lie above their budget by less than one sample. The samples of a step are
 then dealt out to its micro-batches by length, which leaves the step's gradient as it is and spares

@@ -49,6 +49,7 @@ def takes(left: Tensor, operands: Operands, settings: Settings, min_tokens: int)
         and _lies_in_rows(left)
         and _lies_in_rows(weight)
         and weight.shape[0] % 8 == 0
+        and weight.numel() > 0
         and (x is None or x is left or _lies_in_rows(x))
         and (bias is None or (bias.is_contiguous() and bias.data_ptr() % 4 == 0))
         and extended_gemm_cuda.why_not_on(left.device) is None
@@ -131,12 +132,10 @@ def backward(
     return dx_TK, da_RK, db_NR, drouter_GK
 
 
-def is_routed(num_tokens: int, sizes: Sizes, min_tokens: int) -> bool:
+def is_routed(sizes: Sizes, min_tokens: int) -> bool:
     """Whether the GEMM makes the ranks as well, where one call is taken."""
     return (
-        environment.ROUTED_GEMM
-        and num_tokens >= min_tokens
-        and sizes.Z <= routed_gemm_cuda.MAX_ROWS
+        environment.ROUTED_GEMM and min_tokens <= sizes.T and sizes.Z <= routed_gemm_cuda.MAX_ROWS
     )
 
 

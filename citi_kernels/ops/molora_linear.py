@@ -258,13 +258,11 @@ def _run_backward(
     )
     saved = Saved(h, probs, kept if settings.is_sparse else None)
     operands = Operands(x, weight, None, a, b, router)
-    gradients = _rounded_gradients(
-        dy, dgate_sums, operands, saved, settings, Needs(*needs), backend
-    )
+    gradients = _run_gradients(dy, dgate_sums, operands, saved, settings, Needs(*needs), backend)
     return tuple(h.new_empty(0) if each is None else each for each in gradients)
 
 
-def _rounded_gradients(
+def _run_gradients(
     dy: Tensor | None,
     dgate_sums: Tensor | None,
     operands: Operands,
@@ -273,18 +271,25 @@ def _rounded_gradients(
     needs: Needs,
     backend: str,
 ) -> list[Tensor | None]:
-    """Of x, weight, bias, a, b, router: contiguous, in their dtypes; None where not asked for."""
     run = backends.find("molora_linear", backend)
-    dtype = saved.h.dtype
     with without_autocast(saved.h):
         gradients = run.backward(dy, dgate_sums, operands, saved, settings, needs)
-    dtypes = (dtype, dtype, dtype, operands.a.dtype, operands.b.dtype, operands.router.dtype)
-    return [
-        None
-        if gradient is None
-        else gradient.to(dtype, memory_format=torch.contiguous_format).contiguous()
-        for gradient, dtype in zip(gradients, dtypes, strict=True)
-    ]
+    return rounded_gradients(gradients, operands, saved.h.dtype)
+
+
+def rounded_gradients(
+    gradients: Operands, operands: Operands, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """Contiguous, in x's dtype or the parameter's own; None where not asked for."""
+    _, _, _, a, b, router = operands
+    dtypes = (dtype, dtype, dtype, a.dtype, b.dtype, router.dtype)
+    return [as_gradient(*each) for each in zip(gradients, dtypes, strict=True)]
+
+
+def as_gradient(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if gradient is None:
+        return None
+    return gradient.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 _molora_linear_backward = torch.library.custom_op(
@@ -378,7 +383,7 @@ class _EagerMoLoRALinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, a, b, router, *saved = ctx.saved_tensors
         operands, needs = Operands(x, weight, None, a, b, router), _needs_of(ctx, dy)
-        gradients = _rounded_gradients(
+        gradients = _run_gradients(
             dy, dgate_sums, operands, Saved(*saved), ctx.settings, needs, ctx.backend
         )
         return (*gradients, None, None)

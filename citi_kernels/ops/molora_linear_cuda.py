@@ -123,7 +123,7 @@ def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tens
     x_TK, sizes = _in_rows(x_TK), _sizes(x_TK.shape[0], a_RK, settings)
     operands = operands._replace(x=x_TK)
     if molora_layer_cuda.takes(x_TK, operands, settings, MIN_EXTENDED_TOKENS):
-        is_routed = molora_layer_cuda.is_routed(sizes.T, sizes, MIN_ROUTED_TOKENS)
+        is_routed = molora_layer_cuda.is_routed(sizes, MIN_ROUTED_TOKENS)
         y_TN, h_TR, probs_TG = molora_layer_cuda.forward(
             operands, sizes, settings, is_routed=is_routed
         )
@@ -200,7 +200,7 @@ def backward(
         and dy_TN is not None
         and molora_layer_cuda.takes(dy_TN, operands, settings, MIN_EXTENDED_TOKENS)
     ):
-        is_routed = molora_layer_cuda.is_routed(sizes.T, sizes, MIN_ROUTED_TOKENS)
+        is_routed = molora_layer_cuda.is_routed(sizes, MIN_ROUTED_TOKENS)
         dx_TK, da_RK, db_NR, drouter_GK = molora_layer_cuda.backward(
             dy_TN, dgate_TG, operands, saved, sizes, settings, needs, is_routed=is_routed
         )

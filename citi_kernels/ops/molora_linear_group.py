@@ -170,20 +170,17 @@ def _one_op(
     if segment_ids is not None:
         segment_ids = flat_segment_ids(segment_ids, shape, x_TK.shape[0])
     backend = backends.choose("molora_linear", x_TK)
+    shared = (
+        options["num_experts"],
+        float(options["scaling"]),
+        options["top_k"],
+        options["renormalize"],
+        segment_ids,
+        num_segments or 0,
+        options["dropout_p"],
+    )
     if is_plain_eager(x_TK, *weights, *biases, *a, *b, *routers):
-        settings_L = [
-            Settings(
-                options["num_experts"],
-                float(options["scaling"]),
-                options["top_k"],
-                options["renormalize"],
-                segment_ids,
-                num_segments or 0,
-                options["dropout_p"],
-                seed,
-            )
-            for seed in seeds
-        ]
+        settings_L = [Settings(*shared, seed) for seed in seeds]
         operands = itertools.chain(*zip(weights, biases, a, b, routers, strict=True))
         outputs = EagerGroup.apply(settings_L, backend, x_TK, *operands)
         pairs = zip(outputs[::2], outputs[1::2], strict=True)
@@ -197,13 +194,7 @@ def _one_op(
         routers,
         [each is not None for each in weights],
         [each is not None for each in biases],
-        options["num_experts"],
-        float(options["scaling"]),
-        options["top_k"],
-        options["renormalize"],
-        segment_ids,
-        num_segments or 0,
-        options["dropout_p"],
+        *shared,
         [each for each in seeds if each is not None],
         backend,
     )

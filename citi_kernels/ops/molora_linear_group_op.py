@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from citi_kernels import backends
-from citi_kernels.ops.molora_linear import without_autocast
+from citi_kernels.ops.molora_linear import as_gradient, rounded_gradients, without_autocast
 from citi_kernels.ops.molora_linear_checks import check, check_values
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
 from citi_kernels.ops.molora_linear_reference import gate_dtype
@@ -177,15 +177,8 @@ def _gradients(
         )
     rounded_L = []
     for gradients, operands in zip(gradients_L, operands_L, strict=True):
-        like = (like_x, like_x, like_x, operands.a, operands.b, operands.router)
-        rounded_L.append(Operands(*map(_rounded, gradients, like)))
-    return _rounded(dx_TK, like_x), rounded_L
-
-
-def _rounded(gradient: Tensor | None, like: Tensor) -> Tensor | None:
-    if gradient is None:
-        return None
-    return gradient.to(like.dtype, memory_format=torch.contiguous_format).contiguous()
+        rounded_L.append(Operands(*rounded_gradients(gradients, operands, like_x.dtype)))
+    return as_gradient(dx_TK, like_x.dtype), rounded_L
 
 
 def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -400,8 +393,7 @@ def _needs(
 
 
 def _needs_of_layers(flat: list[bool]) -> list[Needs]:
-    size = len(Needs._fields)
-    return [Needs(*flat[start : start + size]) for start in range(0, len(flat), size)]
+    return [Needs(*each) for each in _by_layer(flat, size=len(Needs._fields))]
 
 
 def _spread(present: list[Any], has: list[bool]) -> list[Any]:

@@ -116,9 +116,8 @@ class Planner {
     return AsRows(rows, ranks_.padded_ranks());
   }
 
-  Indices Counts(const RoutedGemm& routed) { return memory_.TakeIndices(NumCounts(routed)); }
-
-  LayerPlan Done() {
+  LayerPlan Done(const Pass& product) {
+    plan_.product = product;
     plan_.workspace_bytes = memory_.used();
     return plan_;
   }
@@ -136,28 +135,18 @@ class ForwardPlanner : Planner {
   ForwardPlanner(const LayerForward& layer, void* workspace)
       : Planner(layer.shape, layer.x.dtype, layer.scaling, workspace), layer_(layer) {}
 
-  LayerPlan Go() {
-    if (layer_.is_routed) {
-      PlanRouted();
-    } else {
-      PlanExtended();
-    }
-    return Done();
-  }
-
- private:
-  void PlanRouted() {
+  LayerPlan Routed() {
     RoutedGemm routed = RoutedLinearProblem(ranks_, num_in_, num_out_);
-    routed.counts = Counts(routed);
+    routed.counts = memory_.TakeIndices(NumCounts(routed));
     routed.narrow = AsRows(Stack(layer_.a, layer_.router, routed.counts), num_in_);
     Fill(&routed.gemm);
     routed.h = layer_.h;
     routed.probs = layer_.probs;
     routed.scaling = scaling_;
-    plan_.product = routed;
+    return Done(routed);
   }
 
-  void PlanExtended() {
+  LayerPlan Extended() {
     const int64_t num_splits = ShrinkSplits(num_tokens(), num_in_);
     ExtendedGemm gemm = LinearProblem(num_tokens(), num_in_, num_out_, ranks_.num_ranks());
     const Vector stack = Stack(layer_.a, layer_.router, {});
@@ -168,9 +157,10 @@ class ForwardPlanner : Planner {
     }
     plan_.first.push_back(ShrinkArguments{ranks_, num_in_, layer_.x, stack, layer_.h, u,
                                           layer_.probs, parts, 0, false, scaling_, std::nullopt});
-    plan_.product = gemm;
+    return Done(gemm);
   }
 
+ private:
   // All operands of the GEMM; returns u.
   Vector Fill(ExtendedGemm* gemm) {
     const Vector u = memory_.Take(dtype_, num_tokens() * ranks_.padded_ranks());
@@ -195,19 +185,7 @@ class BackwardPlanner : Planner {
         last_down_(layer.drouter.data != nullptr ? ranks_.num_rows() : ranks_.padded_ranks()),
         dz_(memory_.Take(dtype_, num_tokens() * ranks_.num_rows())) {}
 
-  LayerPlan Go() {
-    if (layer_.is_routed) {
-      PlanRouted();
-    } else {
-      PlanExtended();
-    }
-    return Done();
-  }
-
- private:
-  bool has_down() const { return layer_.da.data != nullptr || layer_.drouter.data != nullptr; }
-
-  void PlanRouted() {
+  LayerPlan Routed() {
     RoutedGemm routed = RoutedInputGradientProblem(ranks_, num_in_, num_out_);
     // What the GEMM counts, then which parts of da and drouter are there: zeros before.
     const int64_t num_counts = NumCounts(routed);
@@ -233,10 +211,10 @@ class BackwardPlanner : Planner {
     routed.dgate = layer_.dgate;
     routed.scaling = scaling_;
     routed.fits_narrow = true;
-    plan_.product = routed;
+    return Done(routed);
   }
 
-  void PlanExtended() {
+  LayerPlan Extended() {
     PlanRanks();
     const Vector stack = Stack(layer_.a, layer_.router, {});
     PlanUp();
@@ -248,8 +226,11 @@ class BackwardPlanner : Planner {
     }
     ExtendedGemm gemm = InputGradientProblem(num_tokens(), num_in_, num_out_, ranks_.num_rows());
     Fill(&gemm, stack);
-    plan_.product = gemm;
+    return Done(gemm);
   }
+
+ private:
+  bool has_down() const { return layer_.da.data != nullptr || layer_.drouter.data != nullptr; }
 
   // dz from parts of du.
   void PlanRanks() {
@@ -353,11 +334,13 @@ struct InvalidPass {
 // workspace: aligned to 256 bytes, of workspace_bytes; null where only that is asked for. Valid
 // layers (`Invalid`).
 inline LayerPlan PlanLayer(const LayerForward& layer, void* workspace) {
-  return ForwardPlanner(layer, workspace).Go();
+  ForwardPlanner planner(layer, workspace);
+  return layer.is_routed ? planner.Routed() : planner.Extended();
 }
 
 inline LayerPlan PlanLayer(const LayerBackward& layer, void* workspace) {
-  return BackwardPlanner(layer, workspace).Go();
+  BackwardPlanner planner(layer, workspace);
+  return layer.is_routed ? planner.Routed() : planner.Extended();
 }
 
 // What is wrong with memory that is to be a workspace, or "".
