@@ -83,6 +83,9 @@ class Checker {
       problem_ = std::string(name) + ": dtype must be fp32 or bf16";
     }
   }
+  void Refuse(const std::string& problem) {
+    if (problem_.empty()) problem_ = problem;
+  }
   void Require(bool holds, const char* otherwise) {
     if (problem_.empty() && !holds) problem_ = otherwise;
   }
@@ -140,6 +143,7 @@ std::string Invalid(const MoloraForward& forward, int64_t workspace_size) {
   Checker checker(sizes);
   const DType dtype = forward.h.dtype;
   if (!checker.IsFine()) return checker.Problem();
+  checker.Refuse(InvalidDropout(forward.dropout));
   checker.CheckOutput("h", forward.h, sizes.num_tokens * sizes.stacked_rank);
   checker.CheckDType("x", forward.x.dtype, dtype);
   checker.CheckInput("x", forward.x, sizes.num_tokens, sizes.num_in);
@@ -158,6 +162,7 @@ std::string Invalid(const MoloraBackward& backward, int64_t workspace_size) {
   Checker checker(sizes);
   const DType dtype = backward.h.dtype;
   if (!checker.IsFine()) return checker.Problem();
+  checker.Refuse(InvalidDropout(backward.dropout));
   checker.CheckInput("h", backward.h, sizes.num_tokens * sizes.stacked_rank);
   checker.CheckDType("probs", backward.probs.dtype, DType::kFloat32);
   checker.CheckInput("probs", backward.probs, sizes.num_tokens * sizes.num_gates());

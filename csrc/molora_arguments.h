@@ -6,6 +6,9 @@
 //              dz = [scaling du ⊙ repeat(gate[1:], r); gate ⊙ (dgate - <gate, dgate>)]
 //              dx += [a; router]ᵀ dz    db = dyᵀ u    [da; drouter] = dzᵀ x
 //
+// With dropout a sees keep ⊙ x / (1 - p), and what it sends back to dx goes the same way. router
+// sees x.
+//
 // x, dy, y, dx and h share one dtype, fp32 or bf16; a, b, router and their gradients each have one
 // of these. Sums, gates and softmax are fp32. u and dz are rounded to the dtype of x.
 //
@@ -14,8 +17,10 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
+#include "dropout.h"
 #include "tensors.h"
 
 namespace citi {
@@ -38,6 +43,7 @@ struct MoloraSizes {
 struct MoloraForward {
   MoloraSizes sizes;
   float scaling;
+  std::optional<Dropout> dropout;
   Matrix x;          // (T, K)
   Matrix a;          // (R, K)
   Matrix b;          // (N, R)
@@ -52,6 +58,7 @@ struct MoloraForward {
 struct MoloraBackward {
   MoloraSizes sizes;
   float scaling;
+  std::optional<Dropout> dropout;
   Matrix dy;         // (T, N); none where y took no part in the loss
   Matrix x;          // (T, K); none where neither da nor drouter is asked for
   Matrix a;          // (R, K)

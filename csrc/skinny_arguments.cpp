@@ -57,11 +57,6 @@ std::string InvalidRows(const std::string& name, const Matrix& matrix, int64_t n
   return InvalidMatrix(name, matrix, num_rows, num_columns);
 }
 
-std::string InvalidDropout(const std::optional<Dropout>& dropout) {
-  if (!dropout || dropout->inverse_keep >= 1.0f) return "";
-  return "dropout: 1 / (1 - p) must be at least 1";
-}
-
 // A tensor by its name; null: left out.
 struct Named {
   const char* name;

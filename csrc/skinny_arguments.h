@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/dropout.h"
+#include "dropout.h"
 #include "tensors.h"
 
 namespace citi {

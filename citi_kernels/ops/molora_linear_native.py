@@ -2,7 +2,7 @@
 
     path      when                                              what runs
     fused     fp32 and bf16, stacked rank up to 128, every      this module
-              expert kept, no dropout
+              expert kept
     library   everything else                                   the torch backend
 
 The base products, x weight^T and dy weight, are PyTorch's. Around them, in one call each:
@@ -12,7 +12,8 @@ The base products, x weight^T and dy weight, are PyTorch's. Around them, in one 
               db, and [da; drouter]: block by block of columns
 
 Each passes over x, dy, y and dx once, in fp32 (bf16 in pairs where the CPU has avx512_bf16), and
-writes rank-sized tensors besides. The cut of the work follows from the shape alone and every sum
+writes rank-sized tensors besides. Dropout is applied to x in cache, a mask is never stored; then
+[da; drouter] passes over x twice. The cut of the work follows from the shape alone and every sum
 has one order: neither the number of threads nor strides change a bit. Variants (CITI_CPU_FEATURES)
 sum in different orders, and so differ in the last bits.
 
@@ -43,10 +44,8 @@ def refuses(x: Tensor) -> str | None:
 
 def path(stacked_rank: int, dtype: torch.dtype, settings: Settings) -> str:
     """Which of "fused" and "library", for x of `dtype`."""
-    is_plain = not settings.is_sparse and settings.dropout_p == 0
-    if is_plain and dtype in _DTYPES and stacked_rank <= MAX_STACKED_RANK:
-        return "fused"
-    return "library"
+    is_taken = dtype in _DTYPES and stacked_rank <= MAX_STACKED_RANK
+    return "fused" if is_taken and not settings.is_sparse else "library"
 
 
 def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tensor | None]:
@@ -63,10 +62,13 @@ def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tens
     # names of ours keep these alive during the call
     a_RK, b_NR, router_GK = _readable(a_RK, b_NR, router_GK, dtype=x_TK.dtype)
     extension, shape = compiled.extension(), _shape(saved, a_RK, b_NR, settings)
-    workspace = saved.probs.new_empty(extension.molora_forward_workspace(shape))
+    dropout = definition.dropout_numbers(settings.dropout_p, settings.dropout_seed)
+    size = extension.molora_forward_workspace(shape, has_dropout=dropout is not None)
+    workspace = saved.probs.new_empty(size)
     extension.molora_forward(
         shape=shape,
         scaling=settings.scaling,
+        dropout=dropout,
         x=compiled.matrix(x_TK),
         a=compiled.matrix(a_RK),
         b=compiled.matrix(b_NR),
@@ -127,6 +129,7 @@ def backward(
     extension.molora_backward(
         shape=shape,
         scaling=settings.scaling,
+        dropout=definition.dropout_numbers(settings.dropout_p, settings.dropout_seed),
         dy=None if dy_TN is None else compiled.matrix(dy_TN),
         x=compiled.matrix(x_TK) if needs_x else None,
         a=compiled.matrix(a_RK),

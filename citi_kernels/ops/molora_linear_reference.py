@@ -162,3 +162,16 @@ _HASHED_ROWS = 64
 def dropout_threshold(dropout_p: float) -> int:
     """An input is kept where its hash, a uint32, is at least this."""
     return min(int(dropout_p * 2**32), 2**32 - 1)
+
+
+def dropout_numbers(
+    dropout_p: float, dropout_seed: Tensor | None
+) -> tuple[int, int, int, float] | None:
+    """As `citi_kernels._C` takes dropout: the halves of the seed, the threshold, 1 / (1 - p).
+
+    None without dropout. dropout_seed: () int64 on the CPU.
+    """
+    if dropout_p == 0:
+        return None
+    seed, low = int(dropout_seed), 2**32 - 1
+    return seed & low, seed >> 32 & low, dropout_threshold(dropout_p), 1 / (1 - dropout_p)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from citi_kernels import compiled, environment
 from citi_kernels.ops.molora_linear_contract import Settings
-from citi_kernels.ops.molora_linear_reference import dropout_threshold
+from citi_kernels.ops.molora_linear_reference import dropout_numbers
 from citi_kernels.ops.side_stream import Beside
 
 # beyond it the parts of du that one pass over dy leaves are as large as dy
@@ -236,7 +236,7 @@ def factor_gradients(
         du=compiled.vector(du_CTV),
         parts=compiled.vector(parts_CMV),
         rank_columns=rank_columns,
-        dropout=None if settings is None else _dropout(settings),
+        dropout=_dropout(settings),
         done=None if early is None else compiled.indices(early.done),
         fits_narrow="fit_up" in environment.TRIALS,
     )
@@ -356,7 +356,7 @@ def add_non_finite_(
         left=compiled.matrix(left_TR),
         right=compiled.matrix(right_RM),
         probs=compiled.vector(probs_TG),
-        dropout=None if dropout is None else _dropout(dropout),
+        dropout=_dropout(dropout),
         **compiled.launch_place(out_TM),
     )
 
@@ -375,10 +375,5 @@ def _launch(
         beside.later(function, arguments, tensors)
 
 
-def _dropout(settings: Settings) -> tuple[int, int, int, float] | None:
-    """The halves of the seed, the threshold of the hash, 1 / (1 - p); None without dropout."""
-    if settings.dropout_p == 0:
-        return None
-    seed, low = int(settings.dropout_seed), 2**32 - 1  # on the CPU
-    threshold = dropout_threshold(settings.dropout_p)
-    return seed & low, seed >> 32 & low, threshold, 1 / (1 - settings.dropout_p)
+def _dropout(settings: Settings | None) -> tuple[int, int, int, float] | None:
+    return settings and dropout_numbers(settings.dropout_p, settings.dropout_seed)

@@ -29,13 +29,15 @@ void CheckAndRun(const Problem& molora, int64_t workspace_size, int64_t num_thre
   RunMolora(molora, VariantInUse(), num_threads);
 }
 
-void Forward(const ShapeNumbers& shape, float scaling, const MatrixNumbers& x,
+void Forward(const ShapeNumbers& shape, float scaling,
+             const std::optional<DropoutNumbers>& dropout, const MatrixNumbers& x,
              const MatrixNumbers& a, const MatrixNumbers& b, const MatrixNumbers& router,
              const MatrixNumbers& y, bool has_base, const VectorNumbers& h,
              const VectorNumbers& probs, const VectorNumbers& workspace, int64_t num_threads) {
   const MoloraSizes sizes = AsSizes(shape);
   const MoloraForward forward{sizes,
                               scaling,
+                              AsDropout(dropout),
                               AsMatrix("x", x),
                               AsMatrix("a", a),
                               AsMatrix("b", b),
@@ -45,10 +47,11 @@ void Forward(const ShapeNumbers& shape, float scaling, const MatrixNumbers& x,
                               AsVector("h", h),
                               AsVector("probs", probs),
                               AsVector("workspace", workspace)};
-  CheckAndRun(forward, MoloraForwardWorkspace(sizes), num_threads);
+  CheckAndRun(forward, MoloraForwardWorkspace(sizes, dropout.has_value()), num_threads);
 }
 
-void Backward(const ShapeNumbers& shape, float scaling, const OptionalMatrix& dy,
+void Backward(const ShapeNumbers& shape, float scaling,
+              const std::optional<DropoutNumbers>& dropout, const OptionalMatrix& dy,
               const OptionalMatrix& x, const MatrixNumbers& a, const MatrixNumbers& b,
               const MatrixNumbers& router, const VectorNumbers& h, const VectorNumbers& probs,
               const OptionalVector& dgate, const OptionalMatrix& dx, bool has_base,
@@ -57,6 +60,7 @@ void Backward(const ShapeNumbers& shape, float scaling, const OptionalMatrix& dy
   const MoloraSizes sizes = AsSizes(shape);
   const MoloraBackward backward{sizes,
                                 scaling,
+                              AsDropout(dropout),
                                 AsMatrix("dy", dy),
                                 AsMatrix("x", x),
                                 AsMatrix("a", a),
@@ -80,21 +84,23 @@ void BindMolora(py::module_& module) {
   module.attr("molora_max_stacked_rank") = kMaxStackedRank;
   module.def(
       "molora_forward_workspace",
-      [](const ShapeNumbers& shape) { return MoloraForwardWorkspace(AsSizes(shape)); },
-      Strictly("shape"));
+      [](const ShapeNumbers& shape, bool has_dropout) {
+        return MoloraForwardWorkspace(AsSizes(shape), has_dropout);
+      },
+      Strictly("shape"), Strictly("has_dropout"));
   module.def(
       "molora_backward_workspace",
       [](const ShapeNumbers& shape) { return MoloraBackwardWorkspace(AsSizes(shape)); },
       Strictly("shape"));
   module.def("molora_forward", Forward, py::kw_only(), Strictly("shape"), Strictly("scaling"),
-             Strictly("x"), Strictly("a"), Strictly("b"), Strictly("router"), Strictly("y"),
-             Strictly("has_base"), Strictly("h"), Strictly("probs"), Strictly("workspace"),
-             Strictly("num_threads"));
-  module.def("molora_backward", Backward, py::kw_only(), Strictly("shape"), Strictly("scaling"),
-             Strictly("dy"), Strictly("x"), Strictly("a"), Strictly("b"), Strictly("router"),
-             Strictly("h"), Strictly("probs"), Strictly("dgate"), Strictly("dx"),
-             Strictly("has_base"), Strictly("da"), Strictly("db"), Strictly("drouter"),
+             Strictly("dropout"), Strictly("x"), Strictly("a"), Strictly("b"), Strictly("router"),
+             Strictly("y"), Strictly("has_base"), Strictly("h"), Strictly("probs"),
              Strictly("workspace"), Strictly("num_threads"));
+  module.def("molora_backward", Backward, py::kw_only(), Strictly("shape"), Strictly("scaling"),
+             Strictly("dropout"), Strictly("dy"), Strictly("x"), Strictly("a"), Strictly("b"),
+             Strictly("router"), Strictly("h"), Strictly("probs"), Strictly("dgate"),
+             Strictly("dx"), Strictly("has_base"), Strictly("da"), Strictly("db"),
+             Strictly("drouter"), Strictly("workspace"), Strictly("num_threads"));
 }
 
 }  // namespace citi

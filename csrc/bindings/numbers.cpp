@@ -47,6 +47,15 @@ Indices AsIndices(const std::optional<IndexNumbers>& numbers) {
   return {reinterpret_cast<const int32_t*>(data), num_bytes, size};
 }
 
+Dropout AsDropout(const DropoutNumbers& numbers) {
+  const auto& [seed_low, seed_high, threshold, inverse_keep] = numbers;
+  return {seed_low, seed_high, threshold, inverse_keep};
+}
+
+std::optional<Dropout> AsDropout(const std::optional<DropoutNumbers>& numbers) {
+  return numbers ? std::optional(AsDropout(*numbers)) : std::nullopt;
+}
+
 void CheckThreads(int64_t num_threads) {
   if (num_threads < 1 || num_threads > kMaxThreads) {
     Refuse("num_threads: must be in [1, 4096], got " + std::to_string(num_threads));

@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "cpu/cpu_features.h"
+#include "dropout.h"
 #include "tensors.h"
 
 namespace citi {
@@ -21,6 +22,8 @@ using MatrixNumbers = std::tuple<uintptr_t, int64_t, int32_t, int64_t, int64_t>;
 using VectorNumbers = std::tuple<uintptr_t, int64_t, int32_t, int64_t>;
 // data, num_bytes, size; of int32
 using IndexNumbers = std::tuple<uintptr_t, int64_t, int64_t>;
+// seed_low, seed_high, threshold, inverse_keep
+using DropoutNumbers = std::tuple<uint32_t, uint32_t, uint32_t, float>;
 
 [[noreturn]] void Refuse(const std::string& problem);
 
@@ -29,6 +32,8 @@ Matrix AsMatrix(const char* name, const std::optional<MatrixNumbers>& numbers);
 Vector AsVector(const char* name, const VectorNumbers& numbers);
 Vector AsVector(const char* name, const std::optional<VectorNumbers>& numbers);
 Indices AsIndices(const std::optional<IndexNumbers>& numbers);
+Dropout AsDropout(const DropoutNumbers& numbers);
+std::optional<Dropout> AsDropout(const std::optional<DropoutNumbers>& numbers);
 
 void CheckThreads(int64_t num_threads);
 

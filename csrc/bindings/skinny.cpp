@@ -13,8 +13,6 @@ namespace {
 
 // num_tokens, num_experts, expert_rank
 using RankShapeNumbers = std::tuple<int64_t, int64_t, int64_t>;
-// seed_low, seed_high, threshold, inverse_keep
-using DropoutNumbers = std::tuple<uint32_t, uint32_t, uint32_t, float>;
 using OptionalVector = std::optional<VectorNumbers>;
 // matrix, first_row, num_rows, num_columns
 using PackedNumbers = std::tuple<MatrixNumbers, int64_t, int64_t, int64_t>;
@@ -30,15 +28,6 @@ RankShape AsRankShape(const RankShapeNumbers& numbers) {
   const std::string problem = Invalid(shape);
   if (!problem.empty()) Refuse(problem);
   return shape;
-}
-
-Dropout AsDropout(const DropoutNumbers& numbers) {
-  const auto& [seed_low, seed_high, threshold, inverse_keep] = numbers;
-  return {seed_low, seed_high, threshold, inverse_keep};
-}
-
-std::optional<Dropout> AsDropout(const std::optional<DropoutNumbers>& numbers) {
-  return numbers ? std::optional(AsDropout(*numbers)) : std::nullopt;
 }
 
 void CheckSize(const char* name, int64_t size, int64_t most = kMaxSize) {

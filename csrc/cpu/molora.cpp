@@ -37,9 +37,12 @@ void Run(const Problem& problem, const MoloraPhase<Problem> (&phases)[kPhases],
 
 }  // namespace
 
-int64_t MoloraForwardWorkspace(const MoloraSizes& sizes) {
+int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, bool has_dropout) {
   const int64_t num_tokens = RoundUp(sizes.num_tokens, kMoloraTokens);
-  return RoundUp(sizes.num_rows(), kLanes) * sizes.num_in +
+  const int64_t num_lanes =
+      has_dropout ? RoundUp(sizes.stacked_rank, kLanes) + RoundUp(sizes.num_gates(), kLanes)
+                  : RoundUp(sizes.num_rows(), kLanes);
+  return num_lanes * sizes.num_in +
          RoundUp(sizes.num_out, kLanes) * sizes.stacked_rank + num_tokens * sizes.stacked_rank;
 }
 

@@ -10,7 +10,7 @@ namespace citi {
 constexpr int64_t kMoloraTokens = 32;
 
 // Entries of the workspaces, whatever the variant; the sizes must be valid.
-int64_t MoloraForwardWorkspace(const MoloraSizes& sizes);
+int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, bool has_dropout);
 int64_t MoloraBackwardWorkspace(const MoloraSizes& sizes);
 
 // The arguments must be valid (`Invalid`), the variant runnable.

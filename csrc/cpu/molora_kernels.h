@@ -5,12 +5,14 @@
 //              columns: the sums over tokens
 #pragma once
 
+#include "cpu/molora_dropout.h"
 #include "cpu/molora_rank_space.h"
 
 namespace citi {
 namespace {
 
-constexpr int64_t kMaxMoloraLanes = CeilDiv(kMaxMoloraRows, kLanes) * kLanes;
+// Of [a; router] in one panel or in two.
+constexpr int64_t kMaxMoloraLanes = RoundUp(kMaxMoloraRows, kLanes) + kLanes;
 
 // Cuts a workspace of fp32 into pieces of words.
 class Workspace {
@@ -37,39 +39,77 @@ inline TokenBlock BlockOf(const MoloraSizes& sizes, int64_t task) {
   return {begin, Min(kMoloraTokens, sizes.num_tokens - begin)};
 }
 
+// [a; router] in one panel; with dropout, where they see different inputs, in two.
+template <class Words>
+struct DownPanels {
+  Panel<Words> ranks;  // of a, and of router unless it has its own
+  Panel<Words> gates;  // of router, or of no rows
+
+  template <class Problem>
+  DownPanels(const Problem& problem, bool rows_are_lanes)
+      : ranks{RowsOf(problem), problem.sizes.num_in, rows_are_lanes, nullptr},
+        gates{AllRowsOf(problem.router, problem.dropout ? problem.sizes.num_gates() : 0),
+              problem.sizes.num_in, rows_are_lanes, nullptr} {}
+
+  int64_t NumTasks() const { return ranks.NumTasks() + gates.NumTasks(); }
+  void Pack(int64_t task) const {
+    const int64_t first = ranks.NumTasks();
+    task < first ? ranks.Pack(task) : gates.Pack(task - first);
+  }
+  void Take(Workspace* workspace) {
+    ranks.to = workspace->Take<typename Words::Number>(ranks.size());
+    gates.to = workspace->Take<typename Words::Number>(gates.size());
+  }
+
+ private:
+  template <class Problem>
+  static Rows RowsOf(const Problem& problem) {
+    const int64_t rank = problem.sizes.stacked_rank;
+    return {problem.a, rank, problem.router, problem.dropout ? rank : problem.sizes.num_rows()};
+  }
+};
+
 template <class Words>
 class ForwardRun {
  public:
   explicit ForwardRun(const MoloraForward& forward)
       : forward_(forward),
         sizes_(forward.sizes),
-        stack_{{forward.a, sizes_.stacked_rank, forward.router, sizes_.num_rows()},
-               sizes_.num_in,
-               true,
-               nullptr},
+        down_(forward, true),
         up_{AllRowsOf(forward.b, sizes_.num_out), sizes_.stacked_rank, true, nullptr},
         u_{nullptr, sizes_.stacked_rank} {
     Workspace workspace(forward.workspace);
-    stack_.to = workspace.Take<Number>(stack_.size());
+    down_.Take(&workspace);
     up_.to = workspace.Take<Number>(up_.size());
     u_.numbers = workspace.Take<Number>(NumBlocks(sizes_) * kMoloraTokens *
                                         WordsOf<Words>(sizes_.stacked_rank));
   }
 
-  int64_t NumPackTasks() const { return stack_.NumTasks() + up_.NumTasks(); }
+  int64_t NumPackTasks() const { return down_.NumTasks() + up_.NumTasks(); }
   void Pack(int64_t task) const {
-    const int64_t first = stack_.NumTasks();
-    task < first ? stack_.Pack(task) : up_.Pack(task - first);
+    const int64_t first = down_.NumTasks();
+    task < first ? down_.Pack(task) : up_.Pack(task - first);
   }
 
   int64_t NumTokenTasks() const { return NumBlocks(sizes_); }
   void Tokens(int64_t task) const {
     alignas(64) float z[kMoloraTokens * kMaxMoloraLanes];
     const TokenBlock block = BlockOf(sizes_, task);
-    Shrink(forward_.x, block, stack_, sizes_.num_in, z);
+    const int64_t rank_stride = down_.ranks.num_lanes();
+    const float* logits = z + sizes_.stacked_rank;
+    int64_t logits_stride = rank_stride;
+    if (forward_.dropout) {
+      float* gates = z + block.num_tokens * rank_stride;
+      ShrinkKept(forward_.x, block, down_.ranks, down_.gates, sizes_.num_in, *forward_.dropout, z,
+                 gates);
+      logits = gates, logits_stride = down_.gates.num_lanes();
+    } else {
+      Shrink(forward_.x, block, down_.ranks, sizes_.num_in, z);
+    }
     Number* u = u_.Block(block.begin);
     for (int64_t t = 0; t < block.num_tokens; ++t) {
-      Route<Words>(forward_, z + t * stack_.num_lanes(), block.begin + t, u, t);
+      Route<Words>(forward_, z + t * rank_stride, logits + t * logits_stride, block.begin + t, u,
+                   t);
       u_.Complete(u, t);
     }
     Expand(u, up_, forward_.y, block, sizes_.num_out, forward_.has_base);
@@ -79,8 +119,8 @@ class ForwardRun {
   using Number = typename Words::Number;
   const MoloraForward& forward_;
   const MoloraSizes& sizes_;
-  Panel<Words> stack_;  // depth K, lanes [a; router]
-  Panel<Words> up_;     // depth R, lanes N
+  DownPanels<Words> down_;  // depth K, lanes [a; router]
+  Panel<Words> up_;         // depth R, lanes N
   ExpandOperand<Words> u_;
 };
 
@@ -91,29 +131,29 @@ class BackwardRun {
       : backward_(backward),
         sizes_(backward.sizes),
         up_{AllRowsOf(backward.b, sizes_.num_out), sizes_.stacked_rank, false, nullptr},
-        stack_{{backward.a, sizes_.stacked_rank, backward.router, sizes_.num_rows()},
-               sizes_.num_in,
-               false,
-               nullptr},
-        dz_{nullptr, sizes_.num_rows()},
+        down_(backward, false),
+        dz_{nullptr, down_.ranks.rows.num_rows},
+        dlogits_{nullptr, down_.gates.rows.num_rows},
         dz_of_tokens_{nullptr, sizes_.num_rows()},
         u_of_tokens_{nullptr, sizes_.stacked_rank} {
     Workspace workspace(backward.workspace);
     up_.to = workspace.Take<Number>(up_.size());
-    stack_.to = workspace.Take<Number>(stack_.size());
-    dz_.numbers = workspace.Take<Number>(NumBlocks(sizes_) * kMoloraTokens *
-                                         WordsOf<Words>(sizes_.num_rows()));
+    down_.Take(&workspace);
+    for (ExpandOperand<Words>* each : {&dz_, &dlogits_}) {
+      each->numbers = workspace.Take<Number>(NumBlocks(sizes_) * kMoloraTokens *
+                                             WordsOf<Words>(each->num_columns));
+    }
     const int64_t num_words = WordsOf<Words>(sizes_.num_tokens);
     dz_of_tokens_.numbers = workspace.Take<Number>(num_words * sizes_.num_rows());
     u_of_tokens_.numbers = workspace.Take<Number>(num_words * sizes_.stacked_rank);
   }
 
   int64_t NumPackTasks() const {
-    return (HasDu() ? up_.NumTasks() : 0) + (HasDx() ? stack_.NumTasks() : 0);
+    return (HasDu() ? up_.NumTasks() : 0) + (HasDx() ? down_.NumTasks() : 0);
   }
   void Pack(int64_t task) const {
     const int64_t first = HasDu() ? up_.NumTasks() : 0;
-    task < first ? up_.Pack(task) : stack_.Pack(task - first);
+    task < first ? up_.Pack(task) : down_.Pack(task - first);
   }
 
   int64_t NumTokenTasks() const { return NumBlocks(sizes_); }
@@ -124,18 +164,27 @@ class BackwardRun {
     alignas(64) float du[kMoloraTokens * kMaxMoloraLanes];
     if (HasDu()) Shrink(backward_.dy, block, up_, sizes_.num_out, du);
     Number* dz = dz_.Block(block.begin);
+    Number* dlogits = dlogits_.Block(block.begin);
     for (int64_t t = 0; t < block.num_tokens; ++t) {
       RankGradient<Words> gradient{backward_, block.begin + t, {}};
       gradient.Compute(HasDu() ? du + t * up_.num_lanes() : nullptr);
       for (int64_t j = 0; j < sizes_.num_rows(); ++j) {
         const Number number = Words::Of(gradient.dz[j]);
-        dz_.Put(dz, t, j, number);
+        const int64_t j_of_gates = j - dz_.num_columns;
+        j_of_gates < 0 ? dz_.Put(dz, t, j, number) : dlogits_.Put(dlogits, t, j_of_gates, number);
         dz_of_tokens_.Put(block.begin + t, j, number);
       }
       dz_.Complete(dz, t);
+      dlogits_.Complete(dlogits, t);
     }
     CompleteLast(block, dz_of_tokens_);
-    if (HasDx()) Expand(dz, stack_, backward_.dx, block, sizes_.num_in, backward_.has_base);
+    if (!HasDx()) return;
+    if (backward_.dropout) {
+      ExpandKept<Words>({dz, &down_.ranks}, {dlogits, &down_.gates}, backward_.dx, block,
+                        sizes_.num_in, backward_.has_base, *backward_.dropout);
+    } else {
+      Expand(dz, down_.ranks, backward_.dx, block, sizes_.num_in, backward_.has_base);
+    }
   }
 
   int64_t NumSumTasks() const { return NumUpSumTasks() + NumDownSumTasks(); }
@@ -183,7 +232,7 @@ class BackwardRun {
       const int64_t num_rows = Min(kSumRows, sizes_.stacked_rank - m);
       SumOverTokens<Words>(u_of_tokens_.numbers + m * Words::kNumbers, sizes_.stacked_rank,
                            num_rows, AllRowsOf(backward_.dy, sizes_.num_tokens), sizes_.num_out,
-                           column, sums);
+                           column, kUnchanged, sums);
       for (int64_t i = 0; i < num_rows; ++i) {
         Store(sums[i], width, backward_.db, column * sizes_.stacked_rank + m + i,
               sizes_.stacked_rank);
@@ -193,14 +242,30 @@ class BackwardRun {
 
   // da and drouter
   void SumDown(int64_t column) const {
+    const int64_t rank = sizes_.stacked_rank;
+    const bool has_da = backward_.da.data != nullptr;
+    const int64_t last = backward_.drouter.data != nullptr ? sizes_.num_rows() : rank;
+    if (!backward_.dropout) return SumRows(has_da ? 0 : rank, last, column, kUnchanged);
+    if (has_da) {
+      SumRows(0, rank, column,
+              [&](int64_t d, int64_t depth, int64_t input, int64_t num_lanes, Number* panel) {
+                DropInputsOfPanel<Words>(*backward_.dropout, d, depth, input, num_lanes, panel);
+              });
+    }
+    SumRows(rank, last, column, kUnchanged);
+  }
+
+  // Rows [begin, end) of dz^T x.
+  template <class Change>
+  void SumRows(int64_t begin, int64_t end, int64_t column, const Change& change) const {
     alignas(64) float sums[kSumRows][kSumColumns];
     const int64_t width = Min(kSumColumns, sizes_.num_in - column);
     const int64_t rank = sizes_.stacked_rank;
-    const int64_t last = backward_.drouter.data != nullptr ? sizes_.num_rows() : rank;
-    for (int64_t m = backward_.da.data != nullptr ? 0 : rank; m < last; m += kSumRows) {
-      const int64_t num_rows = Min(kSumRows, last - m);
+    for (int64_t m = begin; m < end; m += kSumRows) {
+      const int64_t num_rows = Min(kSumRows, end - m);
       SumOverTokens<Words>(dz_of_tokens_.numbers + m * Words::kNumbers, sizes_.num_rows(), num_rows,
-                           AllRowsOf(backward_.x, sizes_.num_tokens), sizes_.num_in, column, sums);
+                           AllRowsOf(backward_.x, sizes_.num_tokens), sizes_.num_in, column, change,
+                           sums);
       for (int64_t i = m; i < m + num_rows; ++i) {
         const bool is_router = i >= rank;
         Store(sums[i - m], width, is_router ? backward_.drouter : backward_.da,
@@ -220,11 +285,14 @@ class BackwardRun {
     }
   }
 
+  static constexpr auto kUnchanged = [](int64_t, int64_t, int64_t, int64_t, Number*) {};
+
   const MoloraBackward& backward_;
   const MoloraSizes& sizes_;
-  Panel<Words> up_;     // depth N, lanes R
-  Panel<Words> stack_;  // depth [a; router], lanes K
-  ExpandOperand<Words> dz_;
+  Panel<Words> up_;               // depth N, lanes R
+  DownPanels<Words> down_;        // depth [a; router], lanes K
+  ExpandOperand<Words> dz_;       // what meets down_.ranks
+  ExpandOperand<Words> dlogits_;  // what meets down_.gates
   SumOperand<Words> dz_of_tokens_;
   SumOperand<Words> u_of_tokens_;
 };

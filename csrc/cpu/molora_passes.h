@@ -47,16 +47,15 @@ inline void PrefetchRows(const Matrix& matrix, int64_t begin, int64_t end, int64
 #endif
 }
 
-// sums[t, lane] = <row t of the block, lane of the panel>; (num_tokens, lanes of the panel)
-template <class Words>
-void Shrink(const Matrix& matrix, const TokenBlock& block, const Panel<Words>& panel,
-            int64_t num_columns, float* sums) {
+// take(words, d, depth): words [d, d + depth) of the block's rows, kShrinkStride words a token.
+template <class Words, class Take>
+void ReadInWords(const Matrix& matrix, const TokenBlock& block, int64_t num_columns,
+                 const Take& take) {
   constexpr int64_t n = Words::kNumbers;
   alignas(64) typename Words::Number words[kMoloraTokens * kShrinkStride * n];
-  const int64_t num_lanes = panel.num_lanes();
-  Fill(sums, 1, block.num_tokens * num_lanes);
-  for (int64_t d = 0; d < panel.depth(); d += kShrinkWords) {
-    const int64_t depth = Min(kShrinkWords, panel.depth() - d);
+  const int64_t num_words = WordsOf<Words>(num_columns);
+  for (int64_t d = 0; d < num_words; d += kShrinkWords) {
+    const int64_t depth = Min(kShrinkWords, num_words - d);
     const int64_t width = Min(depth * n, num_columns - d * n);
     for (int64_t t = 0; t < block.num_tokens; ++t) {
       typename Words::Number* to = words + t * kShrinkStride * n;
@@ -68,17 +67,37 @@ void Shrink(const Matrix& matrix, const TokenBlock& block, const Panel<Words>& p
       PrefetchRows<typename Words::Element>(matrix, block.begin, block.begin + block.num_tokens,
                                             next, Min(kShrinkWords * n, num_columns - next));
     }
-    for (int64_t lane = 0; lane < num_lanes; lane += kTileLanes) {
-      const int64_t tile_lanes = panel.TileLanes(lane);
-      const typename Words::Number* right = panel.Tile(lane) + d * tile_lanes * n;
-      for (int64_t t = 0; t < block.num_tokens; t += kTileRows) {
-        MultiplyTile<Words, kShrinkStride>(
-            Min(kTileRows, block.num_tokens - t), tile_lanes / kLanes,
-            TileOperands<Words>{words + t * kShrinkStride * n, 1, right, tile_lanes, depth},
-            AddToSums{sums + t * num_lanes + lane, num_lanes});
-      }
+    take(words, d, depth);
+  }
+}
+
+// sums[t, lane] += the part of a dot product that `depth` words of each token give.
+template <class Words>
+void AddDots(const typename Words::Number* words, int64_t num_tokens, const Panel<Words>& panel,
+             int64_t d, int64_t depth, float* sums) {
+  constexpr int64_t n = Words::kNumbers;
+  const int64_t num_lanes = panel.num_lanes();
+  for (int64_t lane = 0; lane < num_lanes; lane += kTileLanes) {
+    const int64_t tile_lanes = panel.TileLanes(lane);
+    const typename Words::Number* right = panel.Tile(lane) + d * tile_lanes * n;
+    for (int64_t t = 0; t < num_tokens; t += kTileRows) {
+      MultiplyTile<Words, kShrinkStride>(
+          Min(kTileRows, num_tokens - t), tile_lanes / kLanes,
+          TileOperands<Words>{words + t * kShrinkStride * n, 1, right, tile_lanes, depth},
+          AddToSums{sums + t * num_lanes + lane, num_lanes});
     }
   }
+}
+
+// sums[t, lane] = <row t of the block, lane of the panel>; (num_tokens, lanes of the panel)
+template <class Words>
+void Shrink(const Matrix& matrix, const TokenBlock& block, const Panel<Words>& panel,
+            int64_t num_columns, float* sums) {
+  Fill(sums, 1, block.num_tokens * panel.num_lanes());
+  ReadInWords<Words>(matrix, block, num_columns,
+                     [&](const typename Words::Number* words, int64_t d, int64_t depth) {
+                       AddDots(words, block.num_tokens, panel, d, depth, sums);
+                     });
 }
 
 // matrix[t] += sum of left[d, t] * panel[d]; left is (depth, kMoloraTokens)
@@ -104,9 +123,10 @@ void Expand(const typename Words::Number* left, const Panel<Words>& panel, const
 }
 
 // sums[m, j] = sum of left[t, m] * tokens[t, column + j] over all t; left is (T, left_stride)
-template <class Words>
+// change(word d, depth, column, lanes, panel) has its way with a panel of tokens first.
+template <class Words, class Change>
 void SumOverTokens(const typename Words::Number* left, int64_t left_stride, int64_t num_rows,
-                   const Rows& tokens, int64_t num_columns, int64_t column,
+                   const Rows& tokens, int64_t num_columns, int64_t column, const Change& change,
                    float (*sums)[kSumColumns]) {
   constexpr int64_t n = Words::kNumbers;
   alignas(64) typename Words::Number panel[kSumWords * kTileLanes * n];
@@ -118,6 +138,7 @@ void SumOverTokens(const typename Words::Number* left, int64_t left_stride, int6
     for (int64_t lane = column; lane < end; lane += kTileLanes) {
       const int64_t tile_lanes = RoundUp(Min(kTileLanes, end - lane), kLanes);
       PackRowsAsDepth<Words>(tokens, num_columns, lane, tile_lanes, d, d + depth, panel);
+      change(d, depth, lane, tile_lanes, panel);
       const bool is_last = lane + kTileLanes >= end;
       const int64_t next_d = is_last ? d + kSumWords : d;
       const int64_t next_lane = is_last ? column : lane + kTileLanes;

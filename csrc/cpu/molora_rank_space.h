@@ -59,26 +59,33 @@ inline void Softmax(const float* logits, int64_t n, float* probs) {
   for (int64_t i = 0; i < n; ++i) probs[i] /= sum;
 }
 
-// h and the gates of one token from its z = [h; logits]; puts u.
+// 1 / (1 - p), which all inputs of the ranks have; 1 without dropout.
+inline float InverseKeep(const std::optional<Dropout>& dropout) {
+  return dropout ? dropout->inverse_keep : 1.0f;
+}
+
+// h and the gates of one token from its dot products with a and router; puts u.
 template <class Words>
-void Route(const MoloraForward& forward, const float* z, int64_t token,
+void Route(const MoloraForward& forward, const float* dots, const float* logits, int64_t token,
            typename Words::Number* u_of_block, int64_t t) {
   using X = typename Words::Element;
   const MoloraSizes& sizes = forward.sizes;
   X* h = static_cast<X*>(forward.h.data) + token * sizes.stacked_rank;
   float* probs = static_cast<float*>(forward.probs.data) + token * sizes.num_gates();
-  Softmax(z + sizes.stacked_rank, sizes.num_gates(), probs);
+  Softmax(logits, sizes.num_gates(), probs);
+  const float inverse_keep = InverseKeep(forward.dropout);
   const int64_t rank = sizes.stacked_rank / sizes.num_experts;
   for (int64_t e = 0, j = 0; e < sizes.num_experts; ++e) {
     const float scale = forward.scaling * probs[e + 1];
     for (const int64_t end = j + rank; j < end; ++j) {
-      h[j] = Rounded<X>(z[j]);
+      h[j] = Rounded<X>(dots[j] * inverse_keep);
       ExpandOperand<Words>::Put(u_of_block, t, j, Words::Of(ToFloat(h[j]) * scale));
     }
   }
 }
 
-// The gradient of one token's z; du is null where y took no part in the loss.
+// The gradient of one token's z, as the inputs that are kept see it; du is null where y took no
+// part in the loss.
 template <class Words>
 struct RankGradient {
   const MoloraBackward& backward;
@@ -97,9 +104,10 @@ struct RankGradient {
       dgate[i] = given == nullptr ? 0.0f : given[token * num_gates + i];
     }
     const int64_t rank = sizes.stacked_rank / sizes.num_experts;
+    const float inverse_keep = InverseKeep(backward.dropout);
     for (int64_t e = 0, j = 0; e < sizes.num_experts; ++e) {
       float dot = 0.0f;
-      const float scale = backward.scaling * probs[e + 1];
+      const float scale = backward.scaling * probs[e + 1] * inverse_keep;
       for (const int64_t end = j + rank; j < end; ++j) {
         const float du_j = du == nullptr ? 0.0f : du[j];
         dot += ToFloat(h[j]) * du_j;

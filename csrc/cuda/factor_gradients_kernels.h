@@ -10,8 +10,8 @@
 // R stacked rank.
 #pragma once
 
-#include "cuda/dropout.h"
 #include "cuda/pipeline.h"
+#include "dropout.h"
 
 namespace citi {
 

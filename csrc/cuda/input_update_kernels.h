@@ -8,8 +8,8 @@
 // skinny_arguments.h.
 #pragma once
 
-#include "cuda/dropout.h"
 #include "cuda/pipeline.h"
+#include "dropout.h"
 
 namespace citi {
 

@@ -9,8 +9,8 @@
 // Also compiled as plain C++ by a test. T tokens, N columns, R stacked rank, G gate entries.
 #pragma once
 
-#include "cuda/dropout.h"
 #include "cuda/route_kernels.h"
+#include "dropout.h"
 
 namespace citi {
 

@@ -6,8 +6,8 @@
 // Also compiled as plain C++ by a test. T tokens, K in-features, Z rows of w (a multiple of 8).
 #pragma once
 
-#include "cuda/dropout.h"
 #include "cuda/route_kernels.h"
+#include "dropout.h"
 
 namespace citi {
 

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/dropout.h"
 #include "cuda/pipeline.h"
+#include "dropout.h"
 
 namespace citi {
 

@@ -110,12 +110,15 @@ _MOLORA_VECTORS = {"h": 24, "probs": 18, "dgate": 18, "da": 32, "db": 40, "drout
 
 
 def _molora(extension: ModuleType, function: str, names: str, outputs: str) -> _Target:
-    workspace = getattr(extension, f"{function}_workspace")(_MOLORA_SHAPE)
+    is_forward = function == "molora_forward"
+    of_dropout = {"has_dropout": True} if is_forward else {}
+    workspace = getattr(extension, f"{function}_workspace")(_MOLORA_SHAPE, **of_dropout)
     sizes = {name: rows * columns for name, (rows, columns) in _MOLORA_MATRICES.items()}
     sizes |= _MOLORA_VECTORS | {"workspace": workspace}
     memory = {name: _Guarded(sizes[name], torch.float32) for name in names.split()}
     code = extension.DTYPES["float32"]
     valid = {"shape": _MOLORA_SHAPE, "scaling": 0.5, "has_base": True, "num_threads": 2}
+    valid["dropout"] = (1, 2, 2**30, 4 / 3)
     for name, guarded in memory.items():
         last = (_MOLORA_MATRICES[name][1], 1) if name in _MOLORA_MATRICES else (sizes[name],)
         valid[name] = (*guarded.place(), code, *last)

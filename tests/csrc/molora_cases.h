@@ -16,6 +16,7 @@ struct MoloraCase {
   DType dtype, parameter_dtype;
   Layout layout;
   bool has_base;
+  std::optional<Dropout> dropout = std::nullopt;
 
   std::string Name() const {
     std::string name = "T K N E R";
@@ -25,7 +26,8 @@ struct MoloraCase {
     }
     return name + ", dtypes " + std::to_string(static_cast<int>(dtype)) + " " +
            std::to_string(static_cast<int>(parameter_dtype)) + ", layout " +
-           std::to_string(static_cast<int>(layout)) + (has_base ? "" : ", no base");
+           std::to_string(static_cast<int>(layout)) + (has_base ? "" : ", no base") +
+           (dropout ? ", dropout" : "");
   }
 };
 
@@ -66,7 +68,8 @@ class MoloraProblem {
         da(Output(sizes_.stacked_rank, sizes_.num_in, case_.parameter_dtype)),
         db(Output(sizes_.num_out, sizes_.stacked_rank, case_.parameter_dtype)),
         drouter(Output(sizes_.num_gates(), sizes_.num_in, case_.parameter_dtype)),
-        forward_workspace(Output(1, MoloraForwardWorkspace(sizes_), DType::kFloat32)),
+        forward_workspace(Output(1, MoloraForwardWorkspace(sizes_, case_.dropout.has_value()),
+                                  DType::kFloat32)),
         backward_workspace(Output(1, MoloraBackwardWorkspace(sizes_), DType::kFloat32)) {
     if (!case_.has_base) y.FillWithNan(), dx.FillWithNan();
   }
@@ -74,6 +77,7 @@ class MoloraProblem {
   MoloraForward Forward() {
     return {sizes_,
             kScaling,
+            case_.dropout,
             x.AsMatrix(),
             a.AsMatrix(),
             b.AsMatrix(),
@@ -85,10 +89,23 @@ class MoloraProblem {
             forward_workspace.AsVector()};
   }
   MoloraBackward Backward() {
-    return {sizes_,           kScaling,         dy.AsMatrix(),      x.AsMatrix(),
-            a.AsMatrix(),     b.AsMatrix(),     router.AsMatrix(),  h.AsVector(),
-            probs.AsVector(), dgate.AsVector(), dx.AsMatrix(),      case_.has_base,
-            da.AsVector(),    db.AsVector(),    drouter.AsVector(), backward_workspace.AsVector()};
+    return {sizes_,
+            kScaling,
+            case_.dropout,
+            dy.AsMatrix(),
+            x.AsMatrix(),
+            a.AsMatrix(),
+            b.AsMatrix(),
+            router.AsMatrix(),
+            h.AsVector(),
+            probs.AsVector(),
+            dgate.AsVector(),
+            dx.AsMatrix(),
+            case_.has_base,
+            da.AsVector(),
+            db.AsVector(),
+            drouter.AsVector(),
+            backward_workspace.AsVector()};
   }
 
   // The name of the first output that is not the truth, or "". h and the gates are held to x, a
@@ -99,7 +116,9 @@ class MoloraProblem {
     Truth truth_drouter(G(), sizes_.num_in);
     for (int64_t t = 0; t < T(); ++t) {
       for (int64_t r = 0; r < R(); ++r) {
-        for (int64_t k = 0; k < sizes_.num_in; ++k) truth_h.Add(t, r, a.Get(r, k) * x.Get(t, k));
+        for (int64_t k = 0; k < sizes_.num_in; ++k) {
+          truth_h.Add(t, r, a.Get(r, k) * x.Get(t, k) * Kept(t, k));
+        }
       }
       for (int64_t n = 0; n < sizes_.num_out; ++n) {
         if (case_.has_base) truth_y.Add(t, n, base.Get(t, n));
@@ -113,7 +132,8 @@ class MoloraProblem {
         if (case_.has_base) truth_dx.Add(t, k, dx_base.Get(t, k));
         for (int64_t j = 0; j < R() + G(); ++j) {
           const double row = j < R() ? a.Get(j, k) : router.Get(j - R(), k);
-          const double value = dz.value[0][j], scale = dz.scale[0][j];
+          const double kept = j < R() ? Kept(t, k) : 1.0;
+          const double value = dz.value[0][j] * kept, scale = dz.scale[0][j] * kept;
           truth_dx.Add(t, k, value * row, scale * std::fabs(row));
           Truth& gradient = j < R() ? truth_da : truth_drouter;
           gradient.Add(j < R() ? j : j - R(), k, value * x.Get(t, k),
@@ -162,6 +182,12 @@ class MoloraProblem {
   int64_t R() const { return sizes_.stacked_rank; }
   int64_t G() const { return sizes_.num_gates(); }
   int64_t ExpertOf(int64_t r) const { return r / (R() / sizes_.num_experts); }
+  // 1 / (1 - p), or 0 where an input of the ranks is dropped.
+  double Kept(int64_t t, int64_t k) const {
+    if (!case_.dropout) return 1.0;
+    const uint32_t hash = HashOfToken(*case_.dropout, t);
+    return Keeps(*case_.dropout, hash, k) ? double{case_.dropout->inverse_keep} : 0.0;
+  }
   double Gate(int64_t t, int64_t r) { return probs.Get(t, ExpertOf(r) + 1); }
   double U(int64_t t, int64_t r) { return double{kScaling} * Gate(t, r) * h.Get(t, r); }
 

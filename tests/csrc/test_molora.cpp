@@ -11,6 +11,9 @@ constexpr MoloraSizes kSizes[] = {{1, 1, 1, 1, 1},      {7, 19, 53, 3, 15},  {33
                                   {70, 65, 310, 5, 35}, {129, 50, 49, 1, 2}, {5, 9, 11, 128, 128},
                                   {34, 16, 48, 2, 64}};
 
+// A quarter is dropped.
+constexpr Dropout kDropout{0x12345678u, 0x9abcdefu, 0x40000000u, 4.0f / 3.0f};
+
 void RunBoth(MoloraProblem* problem, Variant variant, int64_t num_threads) {
   const MoloraForward forward = problem->Forward();
   const MoloraBackward backward = problem->Backward();
@@ -44,7 +47,9 @@ void CheckValues() {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
       for (const DType parameter_dtype : {DType::kFloat32, DType::kBFloat16}) {
         for (const Variant variant : RunnableVariants()) {
-          CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, ++number % 3 != 0}, variant);
+          const bool has_base = ++number % 3 != 0;
+          CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, has_base}, variant);
+          CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, has_base, kDropout}, variant);
         }
       }
     }
@@ -52,10 +57,10 @@ void CheckValues() {
 }
 
 // A gradient is the same whatever else is asked for.
-void CheckSubsets() {
+void CheckSubsets(const std::optional<Dropout>& dropout) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     for (const Variant variant : RunnableVariants()) {
-      const MoloraCase molora_case{{37, 40, 61, 3, 9}, dtype, dtype, Layout::kDense, true};
+      const MoloraCase molora_case{{37, 40, 61, 3, 9}, dtype, dtype, Layout::kDense, true, dropout};
       MoloraProblem all(molora_case);
       RunBoth(&all, variant, 1);
       const std::vector<double> expected = all.Results();
@@ -85,6 +90,33 @@ void CheckSubsets() {
                   wants_nan(8, some.drouter),
               "subset " + std::to_string(subset) + ": not what was asked for is written");
       }
+    }
+  }
+}
+
+// Dropout of nothing is no dropout, but for the panels that router and a have of their own; a word
+// of the seed, either, makes other masks.
+void CheckDropout() {
+  for (const Variant variant : RunnableVariants()) {
+    const auto results_of = [&](const std::optional<Dropout>& dropout) {
+      MoloraProblem problem({{37, 40, 61, 3, 9}, DType::kFloat32, DType::kFloat32, Layout::kDense,
+                             true, dropout});
+      RunBoth(&problem, variant, 1);
+      return problem.Results();
+    };
+    const std::vector<double> expected = results_of(std::nullopt);
+    const std::vector<double> kept = results_of(Dropout{1, 2, 0, 1.0f});
+    bool is_close = true;
+    for (size_t i = 0; i < expected.size(); ++i) {
+      is_close = is_close && std::fabs(kept[i] - expected[i]) <= 0x1p-16 * (1 + std::fabs(kept[i]));
+    }
+    CHECK(is_close, "a threshold of 0 drops something");
+    const std::vector<double> dropped = results_of(kDropout);
+    CHECK(dropped != expected, "nothing is dropped");
+    for (const bool is_low : {true, false}) {
+      Dropout other = kDropout;
+      ++(is_low ? other.seed_low : other.seed_high);
+      CHECK(results_of(other) != dropped, "a word of the seed does not count");
     }
   }
 }
@@ -119,7 +151,7 @@ void CheckWithoutDy() {
 
 void CheckRefusals() {
   MoloraProblem problem({{5, 6, 7, 2, 4}, DType::kBFloat16, DType::kFloat32, Layout::kDense, true});
-  const int64_t num_forward = MoloraForwardWorkspace({5, 6, 7, 2, 4});
+  const int64_t num_forward = MoloraForwardWorkspace({5, 6, 7, 2, 4}, false);
   const int64_t num_backward = MoloraBackwardWorkspace({5, 6, 7, 2, 4});
   const auto refuses_forward = [&](const std::string& name, const auto& change) {
     MoloraForward forward = problem.Forward();
@@ -130,6 +162,7 @@ void CheckRefusals() {
   refuses_forward("shape: num_tokens", [](auto* f) { f->sizes.num_tokens = -1; });
   refuses_forward("shape: num_experts", [](auto* f) { f->sizes.num_experts = 3; });
   refuses_forward("shape: stacked_rank", [](auto* f) { f->sizes.stacked_rank = 130; });
+  refuses_forward("dropout: 1 / (1 - p)", [](auto* f) { f->dropout = {1, 2, 3, 0.5f}; });
   refuses_forward("x: dtype", [](auto* f) { f->x.dtype = DType::kFloat32; });
   refuses_forward("a: dtype", [](auto* f) { f->a.dtype = DType::kFloat16; });
   refuses_forward("router: shape and strides", [](auto* f) { f->router.row_stride = 7; });
@@ -144,6 +177,7 @@ void CheckRefusals() {
     const std::string message = Invalid(backward, num_backward);
     CHECK(message.rfind(name, 0) == 0, "wanted " + name + ", got '" + message + "'");
   };
+  refuses_backward("dropout: 1 / (1 - p)", [](auto* b) { b->dropout = {1, 2, 3, NAN}; });
   refuses_backward("dy: must be given", [](auto* b) { b->dy.data = nullptr; });
   refuses_backward("x: must be given", [](auto* b) { b->x.data = nullptr; });
   refuses_backward("dgate: dtype must be fp32", [](auto* b) { b->dgate.dtype = DType::kBFloat16; });
@@ -156,7 +190,9 @@ void CheckRefusals() {
 
 int main() {
   citi::CheckValues();
-  citi::CheckSubsets();
+  citi::CheckSubsets(std::nullopt);
+  citi::CheckSubsets(citi::kDropout);
+  citi::CheckDropout();
   citi::CheckWithoutDy();
   citi::CheckRefusals();
   return citi::Report();

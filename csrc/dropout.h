@@ -1,9 +1,11 @@
 // Dropout of the experts' inputs: a hash of (seed, token, input), so that no mask is ever stored.
-// The bits are those of citi_kernels/ops/counter_hash.py.
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <string>
 
+#include "counter_hash.h"
 #include "dtype.h"
 
 namespace citi {
@@ -14,20 +16,20 @@ struct Dropout {
   float inverse_keep;  // 1 / (1 - p); 1 without dropout
 };
 
-// A bijection that spreads every bit ("lowbias32").
-CITI_HOST_DEVICE static inline uint32_t Hash32(uint32_t x) {
-  x = (x ^ x >> 16) * 0x7feb352du;
-  x = (x ^ x >> 15) * 0x846ca68bu;
-  return x ^ x >> 16;
+// What is wrong, beginning with the name, or "".
+inline std::string InvalidDropout(const std::optional<Dropout>& dropout) {
+  if (!dropout || dropout->inverse_keep >= 1.0f) return "";
+  return "dropout: 1 / (1 - p) must be at least 1";
 }
 
 CITI_HOST_DEVICE static inline uint32_t HashOfToken(const Dropout& dropout, int64_t t) {
-  return Hash32(Hash32(static_cast<uint32_t>(t) ^ dropout.seed_low) ^ dropout.seed_high);
+  const uint64_t seed = static_cast<uint64_t>(dropout.seed_high) << 32 | dropout.seed_low;
+  return HashOfRow(static_cast<uint32_t>(t), seed);
 }
 
 CITI_HOST_DEVICE static inline bool Keeps(const Dropout& dropout, uint32_t hash_of_token,
                                           int64_t k) {
-  return Hash32(hash_of_token + static_cast<uint32_t>(k) * 0x9e3779b9u) >= dropout.threshold;
+  return RandomBits(hash_of_token, static_cast<uint32_t>(k)) >= dropout.threshold;
 }
 
 // Of two neighbouring 16-bit elements those that are kept, zeros for the others.
