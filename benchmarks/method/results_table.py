@@ -1,8 +1,12 @@
-"""RESULTS.md from committed result files: `python -m benchmarks.method.results_table`."""
+"""RESULTS.md, and the README's table, from committed result files.
+
+`python -m benchmarks.method.results_table` writes both.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +30,7 @@ from citi.evaluation.tool_calls import SCORES
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
 TARGET = Path(__file__).with_name("RESULTS.md")
+README = Path(__file__).parents[2] / "README.md"
 _NOTHING = "-"
 _HEADER = """# The method against what it is compared with
 
@@ -40,6 +45,8 @@ that all samples agree, not that the figure is sure. Answer NLL: nats a token of
 answer.
 """
 Cells = Callable[[str, RowSummary], list[str]]
+# <!-- method SCALE --> … <!-- method end -->
+_README_PART = re.compile(r"(<!-- method (\w+) -->\n).*?(<!-- method end -->)", re.DOTALL)
 
 
 def results_markdown(folder: Path) -> str:
@@ -57,6 +64,35 @@ def results_markdown(folder: Path) -> str:
         chosen = [each for each in results if each.scale == scale]
         parts.append(_scale_section(scale, summarise(chosen) if chosen else {}))
     return "\n".join(parts)
+
+
+def filled_readme(text: str, folder: Path) -> str:
+    """The README with its table of measured rows written anew; errors as `results_markdown`."""
+    results = load_results(folder)
+
+    def write(found: re.Match) -> str:
+        opening, scale, closing = found.groups()
+        rows = summarise([each for each in results if each.scale == scale])
+        lines = ["", *_short_lines(rows), "", _setting(rows)] if rows else [NOT_MEASURED]
+        return "\n".join([opening.rstrip(), *lines, "", closing])
+
+    return _README_PART.sub(write, text)
+
+
+def _short_lines(rows: Mapping[str, RowSummary]) -> list[str]:
+    """The rows that are measured: tool calls, and what became of the rest."""
+    every = (*GENERAL["trained"], *GENERAL["untrained"])
+    lines = []
+    for name in ROWS:
+        if name not in rows:
+            continue
+        row, change = rows[name], _NOTHING
+        if "vanilla" in rows:
+            change = _signed(row.change(rows["vanilla"], every))
+        calls = [_share(row.pooled(s, "exact")) for s in (API_BANK, UNSEEN)]
+        lines.append([load_row(name).title, str(len(row.results)), *calls, change])
+    header = ["row", "seeds", "exact calls, API-Bank", "exact calls, unseen tools"]
+    return _table([*header, "general answer NLL, against vanilla"], lines)
 
 
 def _rows_section() -> str:
@@ -247,8 +283,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="result files")
     parser.add_argument("--target", type=Path, default=TARGET, help="file to write")
+    parser.add_argument("--readme", type=Path, default=README, help="file whose table is rewritten")
     options = parser.parse_args()
     write_text(options.target, results_markdown(options.folder))
+    readme = options.readme.read_text(encoding="utf-8")
+    write_text(options.readme, filled_readme(readme, options.folder))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from benchmarks.method import bootstrap, results_table
 from benchmarks.method.bootstrap import mean_estimate, mean_of, ratio_estimate
 from benchmarks.method.data_sets import EVALUATION
 from benchmarks.method.paper import PAPER
-from benchmarks.method.results_table import results_markdown
+from benchmarks.method.results_table import filled_readme, results_markdown
 from benchmarks.method.row_config import ROWS, load_row
 from benchmarks.method.row_result import RowResult
 from benchmarks.method.scale import CPU
@@ -82,6 +82,21 @@ def test_the_committed_results_are_what_the_script_writes() -> None:
     )
 
 
+def test_the_readme_holds_the_committed_rows() -> None:
+    text = results_table.README.read_text(encoding="utf-8")
+    assert "<!-- method cpu -->" in text
+    assert filled_readme(text, results_table.RESULTS) == text, (
+        "run: python -m benchmarks.method.results_table"
+    )
+
+
+def test_the_readmes_table_is_that_of_its_scale(tmp_path: Path) -> None:
+    opening, closing = "<!-- method cpu -->\n", "<!-- method end -->\n"
+    nothing = filled_readme(f"before\n{opening}old\n{closing}after\n", tmp_path)
+    assert nothing == f"before\n{opening}not yet measured\n\n{closing}after\n"
+    assert filled_readme(nothing, tmp_path) == nothing
+
+
 def test_a_row_without_a_file_is_not_yet_measured(tmp_path: Path) -> None:
     text = results_markdown(tmp_path)
     for name in ROWS:
@@ -98,6 +113,11 @@ def test_measured_rows_stand_beside_the_papers_numbers(tmp_path: Path) -> None:
     assert "| CITI | 58.92% | 34.51 | +3.5% | 60.00% | 25.00 | +2.0% |" in text
     assert "50.0% to 70.0%" in text, "single seeds of CITI"
     assert "| FT + DM | not yet measured" in text
+    short = filled_readme("<!-- method cpu -->\n<!-- method end -->", tmp_path)
+    assert "| LoRA | 1 | 60.0% [" in short
+    assert "| CITI | 2 | 60.0% [" in short
+    assert short.count("+2.0% [") == 1
+    assert "FT + DM" not in short
 
 
 def test_targets_are_met_missed_or_undecided() -> None:
