@@ -81,16 +81,12 @@ def filled_readme(text: str, folder: Path) -> str:
 
 def _short_lines(rows: Mapping[str, RowSummary]) -> list[str]:
     """The rows that are measured: tool calls, and what became of the rest."""
-    every = (*GENERAL["trained"], *GENERAL["untrained"])
     lines = []
-    for name in ROWS:
-        if name not in rows:
-            continue
-        row, change = rows[name], _NOTHING
-        if "vanilla" in rows:
-            change = _signed(row.change(rows["vanilla"], every))
-        calls = [_share(row.pooled(s, "exact")) for s in (API_BANK, UNSEEN)]
-        lines.append([load_row(name).title, str(len(row.results)), *calls, change])
+    for name in filter(rows.__contains__, ROWS):
+        row, change = rows[name], _general_change(rows, rows[name])
+        calls = [_share(row.pooled(sets, "exact")) for sets in (API_BANK, UNSEEN)]
+        calls.append(_NOTHING if change is None else _signed(change))
+        lines.append([load_row(name).title, str(len(row.results)), *calls])
     header = ["row", "seeds", "exact calls, API-Bank", "exact calls, unseen tools"]
     return _table([*header, "general answer NLL, against vanilla"], lines)
 
@@ -160,12 +156,16 @@ def _ours(rows: Mapping[str, RowSummary], name: str) -> list[str]:
     if name not in rows:
         return [NOT_MEASURED, _NOTHING, _NOTHING]
     row = rows[name]
-    loss = _NOTHING
-    if "vanilla" in rows:
-        every = (*GENERAL["trained"], *GENERAL["untrained"])
-        loss = f"{row.change(rows['vanilla'], every).value:+.1%}"
+    change = _general_change(rows, row)
+    loss = _NOTHING if change is None else f"{change.value:+.1%}"
     calls, rouge = row.pooled(API_BANK, "exact"), row.pooled(RESPONSES, "rouge_l")
     return [f"{calls.value:.2%}", f"{100 * rouge.value:.2f}", loss]
+
+
+def _general_change(rows: Mapping[str, RowSummary], row: RowSummary) -> Estimate | None:
+    """Of the answer NLL of all general sets, against vanilla; None where that is not measured."""
+    every = (*GENERAL["trained"], *GENERAL["untrained"])
+    return row.change(rows["vanilla"], every) if "vanilla" in rows else None
 
 
 def _tool_lines(rows: Mapping[str, RowSummary]) -> list[str]:
@@ -283,11 +283,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="result files")
     parser.add_argument("--target", type=Path, default=TARGET, help="file to write")
-    parser.add_argument("--readme", type=Path, default=README, help="file whose table is rewritten")
     options = parser.parse_args()
     write_text(options.target, results_markdown(options.folder))
-    readme = options.readme.read_text(encoding="utf-8")
-    write_text(options.readme, filled_readme(readme, options.folder))
+    if options.folder == RESULTS:  # the README tells of the committed results alone
+        write_text(README, filled_readme(README.read_text(encoding="utf-8"), RESULTS))
 
 
 if __name__ == "__main__":

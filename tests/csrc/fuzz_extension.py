@@ -109,37 +109,53 @@ _MOLORA_MATRICES = {
 _MOLORA_VECTORS = {"h": 24, "probs": 18, "dgate": 18, "da": 32, "db": 40, "drouter": 24}
 
 
-def _molora(extension: ModuleType, function: str, names: str, outputs: str) -> _Target:
-    is_forward = function == "molora_forward"
-    of_dropout = {"has_dropout": True} if is_forward else {}
-    workspace = getattr(extension, f"{function}_workspace")(_MOLORA_SHAPE, **of_dropout)
+# the halves of a seed, the threshold, 1 / (1 - p)
+_DROPOUT = (1, 2, 2**30, 4 / 3)
+
+
+def _molora(
+    function: Callable[..., None],
+    workspace: int,
+    names: str,
+    outputs: str,
+    code: int,
+    dropout: tuple | None,
+) -> _Target:
     sizes = {name: rows * columns for name, (rows, columns) in _MOLORA_MATRICES.items()}
     sizes |= _MOLORA_VECTORS | {"workspace": workspace}
     memory = {name: _Guarded(sizes[name], torch.float32) for name in names.split()}
-    code = extension.DTYPES["float32"]
     valid = {"shape": _MOLORA_SHAPE, "scaling": 0.5, "has_base": True, "num_threads": 2}
-    valid["dropout"] = (1, 2, 2**30, 4 / 3)
+    valid["dropout"] = dropout
     for name, guarded in memory.items():
         last = (_MOLORA_MATRICES[name][1], 1) if name in _MOLORA_MATRICES else (sizes[name],)
         valid[name] = (*guarded.place(), code, *last)
-    return _Target(getattr(extension, function), valid, memory, tuple(outputs.split()))
+    return _Target(function, valid, memory, tuple(outputs.split()))
 
 
-def molora_forward(extension: ModuleType) -> _Target:
-    names = "x a b router y h probs workspace"
-    return _molora(extension, "molora_forward", names, "y h probs workspace")
+def molora_forward(extension: ModuleType, dropout: tuple | None = None) -> _Target:
+    size = extension.molora_forward_workspace(_MOLORA_SHAPE, has_dropout=dropout is not None)
+    names, outputs = "x a b router y h probs workspace", "y h probs workspace"
+    return _molora(
+        extension.molora_forward, size, names, outputs, extension.DTYPES["float32"], dropout
+    )
 
 
-def molora_backward(extension: ModuleType) -> _Target:
+def molora_backward(extension: ModuleType, dropout: tuple | None = None) -> _Target:
+    size = extension.molora_backward_workspace(_MOLORA_SHAPE)
     names = "dy x a b router h probs dgate dx da db drouter workspace"
-    return _molora(extension, "molora_backward", names, "dx da db drouter workspace")
+    outputs = "dx da db drouter workspace"
+    return _molora(
+        extension.molora_backward, size, names, outputs, extension.DTYPES["float32"], dropout
+    )
 
 
 def main(num_calls: int, seed: int = 0) -> None:
     """Prints, for each function, how many calls were refused and how many were not."""
     extension, generator = compiled.extension(), random.Random(seed)
-    for make in (_row_dots, molora_forward, molora_backward):
-        target = make(extension)
+    targets = [_row_dots(extension)]
+    for dropout in (None, _DROPOUT):
+        targets += [molora_forward(extension, dropout), molora_backward(extension, dropout)]
+    for target in targets:
         target.function(**target.valid)
         refused = accepted = 0
         for _ in range(num_calls):
