@@ -1,4 +1,5 @@
 #include "extended_gemm_arguments.h"
+#include "whole_numbers.h"
 
 namespace citi {
 namespace {
@@ -9,7 +10,7 @@ constexpr int64_t kMaxStride = int64_t{1} << 38;
 // The kernel counts pieces of 128 x 128 of the output in 32 bits.
 constexpr int64_t kPieceSide = 128;
 
-int64_t Pieces(int64_t size) { return (size + kPieceSide - 1) / kPieceSide; }
+int64_t Pieces(int64_t size) { return CeilDiv(size, kPieceSide); }
 
 std::string InvalidSizes(const ExtendedGemm& gemm) {
   for (const int64_t size : {gemm.num_rows, gemm.num_columns, gemm.depth}) {

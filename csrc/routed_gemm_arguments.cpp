@@ -1,4 +1,5 @@
 #include "routed_gemm_arguments.h"
+#include "whole_numbers.h"
 
 #include <utility>
 #include <vector>
@@ -123,7 +124,7 @@ RoutedGemm RoutedInputGradientProblem(const RankShape& shape, int64_t num_in, in
 }
 
 int64_t NumCounts(const RoutedGemm& routed) {
-  return (routed.shape.num_tokens + kRowsOfCount - 1) / kRowsOfCount;
+  return CeilDiv(routed.shape.num_tokens, kRowsOfCount);
 }
 
 std::string Invalid(const RoutedGemm& routed) {

@@ -9,7 +9,6 @@ R = E·r, G = E + 1 gate entries, B segments (samples); L layers, as a suffix of
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,15 +17,13 @@ from torch import Tensor
 
 from citi_kernels import backends
 from citi_kernels.ops import molora_linear_cuda
-from citi_kernels.ops.molora_linear import (
-    as_autocast,
-    autocast_is_on,
-    is_plain_eager,
-    molora_linear,
-)
+from citi_kernels.ops.autocast import as_autocast, autocast_is_on
+from citi_kernels.ops.molora_linear import molora_linear
 from citi_kernels.ops.molora_linear_checks import flat_segment_ids
-from citi_kernels.ops.molora_linear_contract import Settings
-from citi_kernels.ops.molora_linear_group_op import EagerGroup, group_op
+from citi_kernels.ops.molora_linear_contract import Operands, Settings
+from citi_kernels.ops.molora_linear_eager import is_plain_eager
+from citi_kernels.ops.molora_linear_group_eager import run_eager_group
+from citi_kernels.ops.molora_linear_group_op import group_op
 
 _LISTS = ("weights", "biases", "a", "b", "routers")
 
@@ -181,10 +178,9 @@ def _one_op(
     )
     if is_plain_eager(x_TK, *weights, *biases, *a, *b, *routers):
         settings_L = [Settings(*shared, seed) for seed in seeds]
-        operands = itertools.chain(*zip(weights, biases, a, b, routers, strict=True))
-        outputs = EagerGroup.apply(settings_L, backend, x_TK, *operands)
-        pairs = zip(outputs[::2], outputs[1::2], strict=True)
-        return [(y_TN.reshape(*shape[:-1], y_TN.shape[1]), sums) for y_TN, sums in pairs]
+        layers = zip(weights, biases, a, b, routers, strict=True)
+        outputs = run_eager_group([Operands(x_TK, *each) for each in layers], settings_L, backend)
+        return [(y_TN.reshape(*shape[:-1], y_TN.shape[1]), sums) for y_TN, sums in outputs]
     y_LTN, _, _, gate_sums_LBG = group_op(
         x_TK,
         [each for each in weights if each is not None],

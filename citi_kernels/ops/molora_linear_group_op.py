@@ -11,18 +11,17 @@ B segments; L layers, as a suffix of lists.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from citi_kernels import backends
-from citi_kernels.ops.molora_linear import as_gradient, rounded_gradients, without_autocast
+from citi_kernels.ops.autocast import without_autocast
 from citi_kernels.ops.molora_linear_checks import check, check_values
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
+from citi_kernels.ops.molora_linear_op import as_gradient, rounded_gradients
 from citi_kernels.ops.molora_linear_reference import gate_dtype
 
 
@@ -63,13 +62,13 @@ def group_op(
         dropout_p,
         dropout_seeds,
     )
-    y_LTN, saved_L, gate_sums_LBG = _checked_forward(operands_L, settings_L, backend)
+    y_LTN, saved_L, gate_sums_LBG = checked_forward(operands_L, settings_L, backend)
     has_sums = segment_ids is not None
     h, probs = [each.h for each in saved_L], [each.probs for each in saved_L]
     return y_LTN, h, probs, gate_sums_LBG if has_sums else []
 
 
-def _checked_forward(
+def checked_forward(
     operands_L: list[Operands], settings_L: list[Settings], backend: str
 ) -> tuple[list[Tensor], list[Saved], list[Tensor | None]]:
     for operands, settings in zip(operands_L, settings_L, strict=True):
@@ -151,7 +150,9 @@ def group_op_backward(
     ]
     saved_L = [Saved(*each, None) for each in zip(h, probs, strict=True)]
     incoming_L, needs_L = list(zip(dy, dgate_sums, strict=True)), _needs_of_layers(needs)
-    dx_TK, gradients_L = _gradients(incoming_L, operands_L, saved_L, settings_L, needs_L, backend)
+    dx_TK, gradients_L = run_gradients(
+        incoming_L, operands_L, saved_L, settings_L, needs_L, backend
+    )
     by_operand = zip(*(each[1:] for each in gradients_L), strict=True)
     like = (h, h, a, b, routers)
     return _or_empty(dx_TK, h[0]), *(
@@ -160,7 +161,7 @@ def group_op_backward(
     )
 
 
-def _gradients(
+def run_gradients(
     incoming_L: list[tuple[Tensor | None, Tensor | None]],
     operands_L: list[Operands],
     saved_L: list[Saved],
@@ -245,7 +246,7 @@ def _backward(
     num_layers, seeds = len(dy), ctx.rest[-1]
     incoming_L = list(zip(dy, dgate_sums or [None] * num_layers, strict=True))
     needs_L = _needs(*ctx.needs_input_grad[:6], ctx.has_weight, ctx.has_bias)
-    needs_L = [_answerable(*each) for each in zip(needs_L, incoming_L, strict=True)]
+    needs_L = [answerable(*each) for each in zip(needs_L, incoming_L, strict=True)]
     reached = [i for i, needs in enumerate(needs_L) if any(needs)]
     dx_TK, by_operand = None, [[None] * num_layers for _ in range(5)]
     if reached:
@@ -266,7 +267,7 @@ def _backward(
     )
 
 
-def _answerable(needs: Needs, incoming: tuple[Tensor | None, Tensor | None]) -> Needs:
+def answerable(needs: Needs, incoming: tuple[Tensor | None, Tensor | None]) -> Needs:
     """What of `needs` has a gradient at all, given dy and dgate_sums."""
     dy_TN, dgate_sums_BG = incoming
     if dy_TN is not None:
@@ -303,55 +304,7 @@ def _run_backward(
 group_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-class EagerGroup(torch.autograd.Function):
-    """The op without PyTorch's dispatch of custom ops, which takes longer than small layers.
-
-    apply(settings_L, backend, x, *operands): weight, bias, a, b and router of each layer, the first
-    two maybe None. Returns y (T, N) and gate_sums (B, G), None without segments, of each layer.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, settings_L: list[Settings], backend: str, x: Tensor, *operands: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        operands_L = [Operands(x, *each) for each in _by_layer(operands)]
-        y_LTN, saved_L, gate_sums_LBG = _checked_forward(operands_L, settings_L, backend)
-        ctx.set_materialize_grads(False)
-        needs_x, *flags = ctx.needs_input_grad[2:]
-        needs_L = [Needs(needs_x, *each) for each in _by_layer(flags)]
-        is_x_needed = any(each.weight or each.a or each.router for each in needs_L)
-        kept = [
-            (each.weight if needs_x else None, each.a, each.b, each.router, saved.h, saved.probs)
-            for each, saved in zip(operands_L, saved_L, strict=True)
-        ]
-        ctx.save_for_backward(x if is_x_needed else None, *itertools.chain(*kept))
-        ctx.needs_L, ctx.settings_L, ctx.backend = needs_L, settings_L, backend
-        return tuple(itertools.chain(*zip(y_LTN, gate_sums_LBG, strict=True)))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *kept = ctx.saved_tensors
-        kept_L = _by_layer(kept, size=6)
-        incoming_L = _by_layer(incoming, size=2)
-        needs_L = [_answerable(*each) for each in zip(ctx.needs_L, incoming_L, strict=True)]
-        reached = [i for i, needs in enumerate(needs_L) if any(needs)]
-        dx_TK, gradients_L = None, [Operands(*[None] * 6)] * len(needs_L)
-        if reached:
-            dx_TK, found = _gradients(
-                [incoming_L[i] for i in reached],
-                [Operands(x, kept_L[i][0], None, *kept_L[i][1:4]) for i in reached],
-                [Saved(*kept_L[i][4:], None) for i in reached],
-                [ctx.settings_L[i] for i in reached],
-                [needs_L[i] for i in reached],
-                ctx.backend,
-            )
-            for i, gradients in zip(reached, found, strict=True):
-                gradients_L[i] = gradients
-        return None, None, dx_TK, *itertools.chain(*(each[1:] for each in gradients_L))
-
-
-def _by_layer(flat: Sequence[Any], size: int = 5) -> list[tuple[Any, ...]]:
+def by_layer(flat: Sequence[Any], size: int = 5) -> list[tuple[Any, ...]]:
     return [tuple(flat[start : start + size]) for start in range(0, len(flat), size)]
 
 
@@ -393,7 +346,7 @@ def _needs(
 
 
 def _needs_of_layers(flat: list[bool]) -> list[Needs]:
-    return [Needs(*each) for each in _by_layer(flat, size=len(Needs._fields))]
+    return [Needs(*each) for each in by_layer(flat, size=len(Needs._fields))]
 
 
 def _spread(present: list[Any], has: list[bool]) -> list[Any]:

@@ -7,7 +7,8 @@
 
 The base products, x weight^T and dy weight, are PyTorch's. Around them, in one call each:
 
-    forward   shrink x to z, route, add u b^T to y: block by block of tokens
+    forward   shrink x to z, route, add u b^T to y: block by block of tokens. Up to 8 tokens, as
+              in generation, meet the rows of a, router and b where these lie, in fp32
     backward  shrink dy to du, rank gradients, add dz^T [a; router] to dx: block by block of tokens;
               db, and [da; drouter]: block by block of columns
 

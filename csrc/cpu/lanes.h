@@ -13,3 +13,19 @@
 #else
 #include "cpu/lanes_portable.h"
 #endif
+
+namespace citi {
+namespace {
+
+constexpr int64_t kLanes = 16;
+
+// Fewer than 16 elements; the other lanes are 0.
+template <class L, class Element>
+inline L LoadTail(const Element* from, int64_t n) {
+  Element padded[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = from[i];
+  return L::Load(padded);
+}
+
+}  // namespace
+}  // namespace citi

@@ -8,6 +8,12 @@
 namespace citi {
 namespace {
 
+// As the halves of the lanes are added: x0 + x2 + (x1 + x3).
+inline float SumOfFour(__m128 x) {
+  const __m128 by_2 = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(by_2, _mm_shuffle_ps(by_2, by_2, 0x1)));
+}
+
 struct Floats {
   using Value = float;
   __m256 low, high;
@@ -31,6 +37,10 @@ struct Floats {
   Floats Abs() const {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, low), _mm256_andnot_ps(sign, high)};
+  }
+  float Sum() const {
+    const __m256 by_8 = _mm256_add_ps(low, high);
+    return SumOfFour(_mm_add_ps(_mm256_castps256_ps128(by_8), _mm256_extractf128_ps(by_8, 1)));
   }
   friend Floats operator+(const Floats& x, const Floats& y) {
     return {_mm256_add_ps(x.low, y.low), _mm256_add_ps(x.high, y.high)};

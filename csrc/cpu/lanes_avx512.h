@@ -8,6 +8,12 @@
 namespace citi {
 namespace {
 
+// As the halves of the lanes are added: x0 + x2 + (x1 + x3).
+inline float SumOfFour(__m128 x) {
+  const __m128 by_2 = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(by_2, _mm_shuffle_ps(by_2, by_2, 0x1)));
+}
+
 struct Floats {
   using Value = float;
   __m512 all;
@@ -25,6 +31,11 @@ struct Floats {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), Bits16(all));
   }
   Floats Abs() const { return {_mm512_abs_ps(all)}; }
+  float Sum() const {
+    const __m512 by_8 = _mm512_add_ps(all, _mm512_shuffle_f32x4(all, all, 0x4e));
+    const __m512 by_4 = _mm512_add_ps(by_8, _mm512_shuffle_f32x4(by_8, by_8, 0xb1));
+    return SumOfFour(_mm512_castps512_ps128(by_4));
+  }
   friend Floats operator+(const Floats& x, const Floats& y) {
     return {_mm512_add_ps(x.all, y.all)};
   }

@@ -43,6 +43,14 @@ struct PortableLanes {
   PortableLanes Abs() const {
     return Each([this](int i) { return std::fabs(values[i]); });
   }
+  // The upper half of the lanes onto the lower one, until one is left.
+  Number Sum() const {
+    PortableLanes sums = *this;
+    for (int half = 8; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) sums.values[i] += sums.values[i + half];
+    }
+    return sums.values[0];
+  }
   friend PortableLanes operator+(const PortableLanes& x, const PortableLanes& y) {
     return Each([&](int i) { return x.values[i] + y.values[i]; });
   }

@@ -1,13 +1,12 @@
 #include "cpu/molora.h"
 
 #include "cpu/parallel.h"
+#include "whole_numbers.h"
 
 namespace citi {
 namespace {
 
 constexpr int64_t kLanes = 16;
-
-int64_t RoundUp(int64_t x, int64_t y) { return (x + y - 1) / y * y; }
 
 MoloraKernels Select(Variant variant, DType dtype) {
   switch (variant) {
@@ -35,9 +34,16 @@ void Run(const Problem& problem, const MoloraPhase<Problem> (&phases)[kPhases],
   }
 }
 
+bool IsOfFew(const MoloraSizes& sizes, bool has_dropout) {
+  return sizes.num_tokens <= kFewTokens && !has_dropout;
+}
+
 }  // namespace
 
 int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, bool has_dropout) {
+  if (IsOfFew(sizes, has_dropout)) {
+    return sizes.num_tokens * (sizes.num_rows() + sizes.stacked_rank);
+  }
   const int64_t num_tokens = RoundUp(sizes.num_tokens, kMoloraTokens);
   const int64_t num_lanes =
       has_dropout ? RoundUp(sizes.stacked_rank, kLanes) + RoundUp(sizes.num_gates(), kLanes)
@@ -54,7 +60,12 @@ int64_t MoloraBackwardWorkspace(const MoloraSizes& sizes) {
 }
 
 void RunMolora(const MoloraForward& forward, Variant variant, int64_t num_threads) {
-  Run(forward, Select(variant, forward.h.dtype).forward, num_threads);
+  const MoloraKernels kernels = Select(variant, forward.h.dtype);
+  if (IsOfFew(forward.sizes, forward.dropout.has_value())) {
+    Run(forward, kernels.forward_of_few, num_threads);
+  } else {
+    Run(forward, kernels.forward, num_threads);
+  }
 }
 
 void RunMolora(const MoloraBackward& backward, Variant variant, int64_t num_threads) {

@@ -8,6 +8,8 @@ namespace citi {
 
 // Tokens that pass through the rank space together.
 constexpr int64_t kMoloraTokens = 32;
+// Up to so many, without dropout, have kernels of their own in the forward.
+constexpr int64_t kFewTokens = 8;
 
 // Entries of the workspaces, whatever the variant; the sizes must be valid.
 int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, bool has_dropout);
@@ -26,6 +28,7 @@ struct MoloraPhase {
 
 struct MoloraKernels {
   MoloraPhase<MoloraForward> forward[2];
+  MoloraPhase<MoloraForward> forward_of_few[3];
   MoloraPhase<MoloraBackward> backward[3];
 };
 

@@ -1,12 +1,15 @@
 // MOLoRA as phases of tasks, in terms of sixteen lanes; compiled once for each variant.
 //
 //   forward    pack a, b and router as panels; block by block of tokens: shrink, route, expand
+//              a few tokens: molora_few_tokens.h
 //   backward   pack; block by block of tokens: shrink, rank gradients, expand; block by block of
 //              columns: the sums over tokens
 #pragma once
 
 #include "cpu/molora_dropout.h"
+#include "cpu/molora_few_tokens.h"
 #include "cpu/molora_rank_space.h"
+#include "whole_numbers.h"
 
 namespace citi {
 namespace {
@@ -108,8 +111,9 @@ class ForwardRun {
     }
     Number* u = u_.Block(block.begin);
     for (int64_t t = 0; t < block.num_tokens; ++t) {
-      Route<Words>(forward_, z + t * rank_stride, logits + t * logits_stride, block.begin + t, u,
-                   t);
+      Route<typename Words::Element>(
+          forward_, z + t * rank_stride, logits + t * logits_stride, block.begin + t,
+          [=](int64_t j, float number) { u_.Put(u, t, j, Words::Of(number)); });
       u_.Complete(u, t);
     }
     Expand(u, up_, forward_.y, block, sizes_.num_out, forward_.has_base);
@@ -300,11 +304,18 @@ class BackwardRun {
 template <class Words>
 constexpr MoloraKernels KernelsOf() {
   using Forward = ForwardRun<Words>;
+  using Few = ForwardOfFew<typename Words::Element>;
   using Backward = BackwardRun<Words>;
   return {{{[](const MoloraForward& f) { return Forward(f).NumPackTasks(); },
             [](const MoloraForward& f, int64_t task) { Forward(f).Pack(task); }},
            {[](const MoloraForward& f) { return Forward(f).NumTokenTasks(); },
             [](const MoloraForward& f, int64_t task) { Forward(f).Tokens(task); }}},
+          {{[](const MoloraForward& f) { return Few(f).NumShrinkTasks(); },
+            [](const MoloraForward& f, int64_t task) { Few(f).Shrink(task); }},
+           {[](const MoloraForward& f) { return Few(f).NumRouteTasks(); },
+            [](const MoloraForward& f, int64_t) { Few(f).Route(); }},
+           {[](const MoloraForward& f) { return Few(f).NumExpandTasks(); },
+            [](const MoloraForward& f, int64_t task) { Few(f).Expand(task); }}},
           {{[](const MoloraBackward& b) { return Backward(b).NumPackTasks(); },
             [](const MoloraBackward& b, int64_t task) { Backward(b).Pack(task); }},
            {[](const MoloraBackward& b) { return Backward(b).NumTokenTasks(); },

@@ -7,15 +7,12 @@
 
 #include "cpu/tile_product.h"
 #include "tensors.h"
+#include "whole_numbers.h"
 
 namespace citi {
 namespace {
 
 constexpr int64_t kWordsPerTask = 128;
-
-constexpr int64_t Min(int64_t x, int64_t y) { return x < y ? x : y; }
-constexpr int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
-constexpr int64_t RoundUp(int64_t x, int64_t y) { return CeilDiv(x, y) * y; }
 
 template <class Words>
 inline int64_t WordsOf(int64_t num_numbers) {

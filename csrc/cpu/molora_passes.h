@@ -8,6 +8,7 @@
 
 #include "cpu/molora.h"
 #include "cpu/molora_panels.h"
+#include "whole_numbers.h"
 
 namespace citi {
 namespace {

@@ -64,11 +64,10 @@ inline float InverseKeep(const std::optional<Dropout>& dropout) {
   return dropout ? dropout->inverse_keep : 1.0f;
 }
 
-// h and the gates of one token from its dot products with a and router; puts u.
-template <class Words>
+// h and the gates of one token from its dot products with a and router; put(j, u before rounding).
+template <class X, class Put>
 void Route(const MoloraForward& forward, const float* dots, const float* logits, int64_t token,
-           typename Words::Number* u_of_block, int64_t t) {
-  using X = typename Words::Element;
+           const Put& put) {
   const MoloraSizes& sizes = forward.sizes;
   X* h = static_cast<X*>(forward.h.data) + token * sizes.stacked_rank;
   float* probs = static_cast<float*>(forward.probs.data) + token * sizes.num_gates();
@@ -79,7 +78,7 @@ void Route(const MoloraForward& forward, const float* dots, const float* logits,
     const float scale = forward.scaling * probs[e + 1];
     for (const int64_t end = j + rank; j < end; ++j) {
       h[j] = Rounded<X>(dots[j] * inverse_keep);
-      ExpandOperand<Words>::Put(u_of_block, t, j, Words::Of(ToFloat(h[j]) * scale));
+      put(j, ToFloat(h[j]) * scale);
     }
   }
 }

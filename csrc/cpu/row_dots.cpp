@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/parallel.h"
+#include "whole_numbers.h"
 
 namespace citi {
 namespace {
@@ -14,8 +15,6 @@ constexpr int64_t kElementsPerSum = 64;
 constexpr int64_t kMaxSums = int64_t{1} << 21;
 constexpr int64_t kMaxParts = 512;
 constexpr int64_t kSegmentsPerTask = 1024;
-
-int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 RowDotsOfTokens* Select(Variant variant) {
   switch (variant) {

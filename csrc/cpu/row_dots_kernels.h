@@ -9,27 +9,17 @@
 
 #include "cpu/lanes.h"
 #include "row_dots_arguments.h"
+#include "whole_numbers.h"
 
 namespace citi {
 namespace {
 
-constexpr int64_t kLanes = 16;
 constexpr int64_t kStripes = 4;
 // Features of a packed tile or of a tile of products; 16 tokens of two matrices are 32 KiB of fp32.
 constexpr int64_t kTile = 256;
 constexpr int64_t kPackedTokens = 16;
 // Shorter segments would leave most lanes empty: their products are summed one by one.
 constexpr int64_t kShortSegment = 16;
-
-inline int64_t Min(int64_t x, int64_t y) { return x < y ? x : y; }
-
-// Fewer than 16 elements; the other lanes are 0.
-template <class L, class Element>
-inline L LoadTail(const Element* from, int64_t n) {
-  Element padded[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) padded[i] = from[i];
-  return L::Load(padded);
-}
 
 template <class L, class A, class B>
 inline L Products(const A* a, const B* b, const typename L::Value* offset) {

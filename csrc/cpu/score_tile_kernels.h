@@ -7,23 +7,13 @@
 #include "counter_hash.h"
 #include "cpu/lanes.h"
 #include "cpu/score_tile.h"
+#include "whole_numbers.h"
 
 namespace citi {
 namespace {
 
-constexpr int64_t kLanes = 16;
 constexpr int64_t kStripes = 4;
 constexpr int64_t kRowsAtOnce = 8;
-
-inline int64_t Min(int64_t x, int64_t y) { return x < y ? x : y; }
-
-// Fewer than 16 elements; the other lanes are 0.
-template <class L, class Element>
-inline L LoadTail(const Element* from, int64_t n) {
-  Element padded[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) padded[i] = from[i];
-  return L::Load(padded);
-}
 
 template <class L, class Element>
 inline L LoadUpTo16(const Element* from, int64_t n) {

@@ -19,8 +19,6 @@
 namespace citi {
 namespace {
 
-constexpr int64_t kLanes = 16;
-
 // A tile of kTileRows x kTileVectors sums, with what they are made from, fills the registers.
 #if defined(CITI_AVX512)
 constexpr int kTileRows = 8;

@@ -14,6 +14,7 @@
 
 #include "dtype.h"
 #include "extended_gemm_arguments.h"
+#include "whole_numbers.h"
 
 namespace citi::gemm {
 
@@ -56,8 +57,6 @@ constexpr uint64_t kEvictLast = 0x14F0000000000000;
 
 constexpr int kBarrierBytes = 8;
 constexpr int kMaxSharedBytes = 227 * 1024;
-
-CITI_HOST_DEVICE constexpr int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // Shared memory of a block, as offsets from an address aligned to kAtomBytes.
 template <int kWidth_, int kCluster_, int kStages_>

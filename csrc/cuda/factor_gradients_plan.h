@@ -13,6 +13,7 @@
 #include "cuda/factor_gradients_kernels.h"
 #include "cuda/skinny_plan.h"
 #include "skinny_arguments.h"
+#include "whole_numbers.h"
 
 namespace citi {
 
@@ -31,11 +32,11 @@ inline bool GivesRanksInOnePass(int64_t num_narrow) { return num_narrow <= kUpTi
 
 inline FactorCut CutFactor(int64_t num_tokens, int64_t num_columns, int column_tiles) {
   FactorCut cut{};
-  cut.num_tiles = DivideUp(num_columns, FactorColumns(column_tiles));
-  const int64_t blocks = DivideUp(num_tokens, kFactorTokens);
+  cut.num_tiles = CeilDiv(num_columns, FactorColumns(column_tiles));
+  const int64_t blocks = CeilDiv(num_tokens, kFactorTokens);
   const int64_t wanted = std::clamp(kSkinnyBlocks / cut.num_tiles, int64_t{1}, blocks);
-  cut.tokens_per_share = DivideUp(blocks, wanted) * kFactorTokens;
-  cut.num_shares = DivideUp(num_tokens, cut.tokens_per_share);
+  cut.tokens_per_share = CeilDiv(blocks, wanted) * kFactorTokens;
+  cut.num_shares = CeilDiv(num_tokens, cut.tokens_per_share);
   return cut;
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/grouped_tiles.h"
+#include "whole_numbers.h"
 
 namespace citi {
 
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kGroupThreads, kMinGroupBlocks)
   const int64_t first_row = int64_t{blockIdx.x / column_tiles % row_tiles} * kTileRows;
   const int64_t first_column = int64_t{blockIdx.x % column_tiles} * kColumns;
   const int thread = static_cast<int>(threadIdx.x);
-  const int num_steps = static_cast<int>(TilesIn(slots.end - slots.first, Tile::kDepth));
+  const int num_steps = static_cast<int>(CeilDiv(slots.end - slots.first, Tile::kDepth));
 
   // A thread fetches the token of one slot two steps before it is used: nothing waits for it.
   int32_t next_token = -1;

@@ -8,6 +8,7 @@
 #include "cuda/grouped_gradient_kernel.h"
 #include "cuda/grouped_product_kernel.h"
 #include "grouped_arguments.h"
+#include "whole_numbers.h"
 
 namespace citi {
 
@@ -28,7 +29,7 @@ inline int ColumnsOfTile(int64_t num_columns) {
 }
 
 inline int64_t NumColumnTiles(int64_t num_columns) {
-  return TilesIn(num_columns, ColumnsOfTile(num_columns));
+  return CeilDiv(num_columns, ColumnsOfTile(num_columns));
 }
 
 // Whether rows of num_columns elements are whole vectors of 16 bytes, those of each expert too.
@@ -92,7 +93,7 @@ inline ProductPlan PlanProduct(const GroupedProduct& p) {
                                  std::min(kMaxRun, num_column_tiles));
   launch.num_column_tiles = static_cast<int32_t>(num_column_tiles);
   launch.run = static_cast<int32_t>(run);
-  launch.num_runs = static_cast<int32_t>(TilesIn(num_column_tiles, run));
+  launch.num_runs = static_cast<int32_t>(CeilDiv(num_column_tiles, run));
   plan.num_blocks = num_row_tiles * launch.num_runs;
   return plan;
 }
@@ -117,7 +118,7 @@ inline GradientPlan PlanGradient(const GroupedGradient& g) {
   launch.expert_stride = g.experts_in_rows ? g.num_rows * g.out.row_stride : g.num_columns;
 
   plan.columns = ColumnsOfTile(g.num_columns);
-  launch.num_row_tiles = static_cast<int32_t>(TilesIn(g.num_rows, kTileRows));
+  launch.num_row_tiles = static_cast<int32_t>(CeilDiv(g.num_rows, kTileRows));
   launch.num_column_tiles = static_cast<int32_t>(NumColumnTiles(g.num_columns));
   plan.num_blocks = routing.num_experts * launch.num_row_tiles * launch.num_column_tiles;
   return plan;

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "whole_numbers.h"
 
 namespace citi {
 
@@ -27,10 +28,6 @@ struct SlotTile {
   int64_t group, first, end;
 };
 
-CITI_HOST_DEVICE inline int64_t TilesIn(int64_t size, int64_t tile) {
-  return (size + tile - 1) / tile;
-}
-
 // The offsets may hold anything: what they name stays within the slots.
 CITI_HOST_DEVICE inline SlotTile SlotsOf(const SlotGroups& groups, int64_t group) {
   const int32_t* pairs = groups.offsets + group * groups.top_k;
@@ -43,7 +40,7 @@ CITI_HOST_DEVICE inline SlotTile SlotsOf(const SlotGroups& groups, int64_t group
 // Thread i of kGroupThreads counts, and is asked for, the tiles of the groups
 // [i * share, (i + 1) * share).
 CITI_HOST_DEVICE inline int64_t GroupsPerThread(int64_t num_groups) {
-  return TilesIn(num_groups, kGroupThreads);
+  return CeilDiv(num_groups, kGroupThreads);
 }
 
 CITI_HOST_DEVICE inline int64_t CountTiles(const SlotGroups& groups, int thread) {
@@ -51,7 +48,7 @@ CITI_HOST_DEVICE inline int64_t CountTiles(const SlotGroups& groups, int thread)
   int64_t count = 0;
   for (int64_t g = thread * share; g < (thread + 1) * share && g < groups.num_groups; ++g) {
     const SlotTile slots = SlotsOf(groups, g);
-    count += TilesIn(slots.end - slots.first, kTileRows);
+    count += CeilDiv(slots.end - slots.first, kTileRows);
   }
   return count;
 }
@@ -60,7 +57,7 @@ CITI_HOST_DEVICE inline int64_t CountTiles(const SlotGroups& groups, int thread)
 CITI_HOST_DEVICE inline SlotTile TileOfThread(const SlotGroups& groups, int thread, int64_t tile) {
   for (int64_t g = thread * GroupsPerThread(groups.num_groups); g < groups.num_groups; ++g) {
     const SlotTile slots = SlotsOf(groups, g);
-    const int64_t count = TilesIn(slots.end - slots.first, kTileRows);
+    const int64_t count = CeilDiv(slots.end - slots.first, kTileRows);
     if (tile < count) {
       const int64_t first = slots.first + tile * kTileRows;
       return {g, first, first + kTileRows < slots.end ? first + kTileRows : slots.end};

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cuda/grouped_tiles.h"
+#include "whole_numbers.h"
 
 namespace citi {
 
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kGroupThreads, kMinGroupBlocks)
 
   const int first_tile = static_cast<int>(blockIdx.x % num_runs) * p.run;
   const int left = p.num_column_tiles - first_tile;
-  const int num_depths = static_cast<int>(TilesIn(p.num_in, Tile::kDepth));
+  const int num_depths = static_cast<int>(CeilDiv(p.num_in, Tile::kDepth));
   const int num_steps = num_depths * (left < p.run ? left : p.run);
   int copied_step = 0, copied_tile = first_tile, copied_depth = 0;
   const auto copy_next = [&] {

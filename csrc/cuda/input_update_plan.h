@@ -9,6 +9,7 @@
 #include "cuda/input_update_kernels.h"
 #include "cuda/skinny_plan.h"
 #include "skinny_arguments.h"
+#include "whole_numbers.h"
 
 namespace citi {
 
@@ -25,12 +26,12 @@ inline InputPlan PlanInputUpdate(const InputUpdateArguments& s) {
   launch.stack = static_cast<const uint16_t*>(s.stack.data);
   launch.num_tokens = s.shape.num_tokens, launch.num_inputs = s.num_inputs;
   launch.dx_stride = s.dx.row_stride;
-  launch.num_tiles = DivideUp(s.num_inputs, kInputColumns);
+  launch.num_tiles = CeilDiv(s.num_inputs, kInputColumns);
   launch.padded_ranks = static_cast<int>(s.shape.padded_ranks());
   launch.num_rows = static_cast<int>(s.shape.num_rows());
   launch.has_base = s.has_base;
   launch.dropout = s.dropout;
-  plan.num_blocks = DivideUp(s.shape.num_tokens, kInputTokens) * launch.num_tiles;
+  plan.num_blocks = CeilDiv(s.shape.num_tokens, kInputTokens) * launch.num_tiles;
   plan.shared_bytes = InputSharedBytes(launch.padded_ranks, launch.num_rows);
   return plan;
 }

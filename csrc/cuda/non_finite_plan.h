@@ -5,6 +5,7 @@
 #include "cuda/non_finite_kernels.h"
 #include "cuda/skinny_plan.h"
 #include "skinny_arguments.h"
+#include "whole_numbers.h"
 
 namespace citi {
 
@@ -19,9 +20,9 @@ inline NonFinitePlan PlanNonFinite(const NonFiniteArguments& s) {
   const int64_t num_tokens = s.shape.num_tokens;
   NonFinitePlan plan{};
   NonFiniteLaunch& launch = plan.launch;
-  launch.num_tiles = DivideUp(s.num_columns, kNonFiniteThreads);
-  launch.tokens_per_share = DivideUp(num_tokens, std::min(num_tokens, kNonFiniteShares));
-  plan.num_blocks = launch.num_tiles * DivideUp(num_tokens, launch.tokens_per_share);
+  launch.num_tiles = CeilDiv(s.num_columns, kNonFiniteThreads);
+  launch.tokens_per_share = CeilDiv(num_tokens, std::min(num_tokens, kNonFiniteShares));
+  plan.num_blocks = launch.num_tiles * CeilDiv(num_tokens, launch.tokens_per_share);
   launch.out = s.out.data;
   launch.left = s.left.data, launch.right = s.right.data;
   launch.probs = static_cast<const float*>(s.probs.data);

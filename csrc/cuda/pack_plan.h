@@ -4,6 +4,7 @@
 #include "cuda/pack_kernels.h"
 #include "cuda/skinny_plan.h"
 #include "skinny_arguments.h"
+#include "whole_numbers.h"
 
 namespace citi {
 
@@ -26,7 +27,7 @@ inline PackPlan PlanPack(const PackArguments& s) {
   launch.zeros = reinterpret_cast<uint32_t*>(const_cast<int32_t*>(s.zeros.data));
   launch.num_zeros = s.zeros.size;
   plan.num_blocks =
-      DivideUp(std::max(s.num_rows * launch.chunks_of_row, launch.num_zeros), kPackThreads);
+      CeilDiv(std::max(s.num_rows * launch.chunks_of_row, launch.num_zeros), kPackThreads);
   return plan;
 }
 

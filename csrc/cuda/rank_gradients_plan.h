@@ -10,6 +10,7 @@
 #include "cuda/rank_gradients_kernels.h"
 #include "cuda/skinny_plan.h"
 #include "skinny_arguments.h"
+#include "whole_numbers.h"
 
 namespace citi {
 
@@ -18,17 +19,17 @@ struct BlockPlan {
 };
 
 inline BlockPlan PlanScaleRanks(int64_t num_tokens, int64_t padded_ranks) {
-  return {DivideUp(num_tokens * padded_ranks, kSumThreads), 0};
+  return {CeilDiv(num_tokens * padded_ranks, kSumThreads), 0};
 }
 
 inline BlockPlan PlanRankGradients(int64_t num_tokens, int64_t padded_ranks, int64_t num_gates) {
   const int64_t floats_of_token = padded_ranks + 1 + num_gates + 1 + 1;
-  return {DivideUp(num_tokens, kRankTokens),
+  return {CeilDiv(num_tokens, kRankTokens),
           kRankTokens * floats_of_token * int64_t{sizeof(float)}};
 }
 
 inline BlockPlan PlanSumShares(int64_t num_rows, int64_t num_columns) {
-  return {DivideUp(num_rows * num_columns, kSumThreads), 0};
+  return {CeilDiv(num_rows * num_columns, kSumThreads), 0};
 }
 
 inline RankLaunch AsRankLaunch(const RankShape& shape, const Vector& h, const Vector& probs,

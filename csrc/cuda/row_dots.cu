@@ -1,6 +1,7 @@
 #include "cuda/launch.h"
 #include "cuda/row_dots.h"
 #include "cuda/row_dots_plan.h"
+#include "whole_numbers.h"
 
 namespace citi {
 namespace {

@@ -6,6 +6,7 @@
 
 #include "cuda/row_dots_kernels.h"
 #include "row_dots_arguments.h"
+#include "whole_numbers.h"
 
 namespace citi {
 
@@ -20,8 +21,6 @@ constexpr int kWarp = 32;
 // Vectors of a segment for each of its lanes, if there are enough.
 constexpr int64_t kVectorsPerLane = 4;
 constexpr int kMaxScoresPerBlock = 32;
-
-inline int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // The smallest power of two that is at least x, at most `most`.
 inline int PowerOfTwo(int64_t x, int most) {

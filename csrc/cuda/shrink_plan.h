@@ -10,6 +10,7 @@
 #include "cuda/shrink_kernels.h"
 #include "cuda/skinny_plan.h"
 #include "skinny_arguments.h"
+#include "whole_numbers.h"
 
 namespace citi {
 
@@ -23,10 +24,10 @@ struct ShrinkPlan {
 
 // About one block for each multiprocessor; parts cost more than idle multiprocessors do.
 inline int64_t ShrinkSplits(int64_t num_tokens, int64_t num_inputs) {
-  const int64_t blocks = DivideUp(num_tokens, kShrinkTokens);
-  const int64_t tiles = DivideUp(num_inputs, kShrinkDepth);
+  const int64_t blocks = CeilDiv(num_tokens, kShrinkTokens);
+  const int64_t tiles = CeilDiv(num_inputs, kShrinkDepth);
   const int64_t wanted = std::clamp((kSkinnyBlocks + blocks / 2) / blocks, int64_t{1}, tiles);
-  return DivideUp(tiles, DivideUp(tiles, wanted));
+  return CeilDiv(tiles, CeilDiv(tiles, wanted));
 }
 
 inline ShrinkPlan PlanShrink(int64_t num_tokens, int64_t num_inputs, int64_t num_rows,
@@ -36,10 +37,10 @@ inline ShrinkPlan PlanShrink(int64_t num_tokens, int64_t num_inputs, int64_t num
   const int64_t stage_bytes = ShrinkStageBytes(plan.row_tiles);
   plan.num_stages = NumStages(stage_bytes, shared_limit);
   plan.num_splits = ShrinkSplits(num_tokens, num_inputs);
-  plan.tiles_per_split = DivideUp(DivideUp(num_inputs, kShrinkDepth), plan.num_splits);
-  plan.num_blocks = DivideUp(num_tokens, kShrinkTokens) * plan.num_splits;
+  plan.tiles_per_split = CeilDiv(CeilDiv(num_inputs, kShrinkDepth), plan.num_splits);
+  plan.num_blocks = CeilDiv(num_tokens, kShrinkTokens) * plan.num_splits;
   plan.shared_bytes = plan.num_stages * stage_bytes;
-  plan.num_route_blocks = DivideUp(num_tokens, kRouteTokens);
+  plan.num_route_blocks = CeilDiv(num_tokens, kRouteTokens);
   plan.route_shared_bytes = kRouteTokens * (num_rows + 1) * int64_t{sizeof(float)};
   return plan;
 }

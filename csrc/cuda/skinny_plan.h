@@ -19,8 +19,6 @@ constexpr int kCompiledTiles[] = {6, 12, 24};
 
 constexpr Dropout kNoDropout{0, 0, 0, 1.0f};
 
-inline int64_t DivideUp(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
 // The fewest that hold `columns`; 0: none does.
 inline int TilesFor(int64_t columns) {
   for (const int tiles : kCompiledTiles) {

@@ -244,6 +244,18 @@ def test_a_compiled_layer_reports_to_the_context_of_each_call():
     torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_traced_layer_holds_the_op_and_survives_saving(mode):
+    layer, example, x = live(MoLoRALinear(16, 12)).eval(), torch.randn(3, 16), torch.randn(3, 16)
+    with mode():
+        traced = torch.jit.trace(layer, example)
+    assert "citi::molora_linear" in str(traced.inlined_graph)
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.jit.load(buffer)(x), layer(x))
+
+
 def test_repr_says_what_the_layer_is():
     assert repr(MoLoRALinear(12, 9, top_k=2)) == (
         "MoLoRALinear(in_features=12, out_features=9, bias=True, num_experts=4, r=8, alpha=2, "

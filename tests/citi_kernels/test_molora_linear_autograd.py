@@ -60,6 +60,32 @@ def saved_bytes(case: MoLoRACase, trained: str, function=molora_linear) -> int:
     return sum(kept.values())
 
 
+@each_option
+@pytest.mark.parametrize("num_tokens", [3, 21])
+def test_without_gradients_the_outputs_are_the_same(
+    num_tokens: int, options: dict[str, object]
+) -> None:
+    case = random_case(num_tokens, 24, 16, **options)
+    operands = [each if each is None else each.requires_grad_() for each in case.operands]
+    expected = molora_linear(*operands, **case.options)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            ours = molora_linear(*operands, **case.options)
+        for one, other in zip(ours, expected, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or (torch.equal(one, other) and not one.requires_grad)
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad])
+def test_forward_mode_is_refused_and_no_tangent_lost(grad_mode: type) -> None:
+    case = random_case(3, 24, 16)
+    x, *others = case.operands
+    with grad_mode(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+            molora_linear(dual, *others, **case.options)
+
+
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(

@@ -40,14 +40,16 @@ def test_every_variant_of_this_cpu_holds_the_rule(dtype: torch.dtype) -> None:
     extension = compiled.extension()
     for variant in extension.cpu_features:
         extension.use_cpu_variant(variant)
-        for shape, sizes in (((67, 150, 211), {}), ((5, 9, 300), {"num_experts": 3, "r": 5})):
+        few = ((1, 700, 90), {}), ((8, 130, 1300), {}), ((5, 9, 300), {"num_experts": 3, "r": 5})
+        for shape, sizes in (((67, 150, 211), {}), *few):
             case = random_case(*shape, dtype=dtype, parameter_dtype=torch.float32, **sizes)
             check_molora_linear(molora_linear, case)
 
 
 @each_dtype
-def test_neither_threads_nor_repeats_change_a_bit(dtype: torch.dtype) -> None:
-    case = random_case(150, 320, 400, dtype=dtype, weight=False)
+@pytest.mark.parametrize("num_tokens", [3, 150])
+def test_neither_threads_nor_repeats_change_a_bit(dtype: torch.dtype, num_tokens: int) -> None:
+    case = random_case(num_tokens, 320, 400, dtype=dtype, weight=False)
     results = []
     for num_threads in (1, 2, 3, 2):
         torch.set_num_threads(num_threads)

@@ -114,7 +114,10 @@ class MoLoraLayer(BaseTunerLayer):
         """Under which a `RoutingContext` holds an adapter's gate sums: `id(layer)` for the first
         active adapter, `(id(layer), name)` for further ones."""
         first = next((name for name in self.active_adapters if name in self.molora_A), None)
-        return id(self) if adapter_name == first else (id(self), adapter_name)
+        return self._key(adapter_name, adapter_name == first)
+
+    def _key(self, adapter_name: str, is_first: bool) -> Hashable:
+        return id(self) if is_first else (id(self), adapter_name)
 
 
 class MoLoraLinear(nn.Module, MoLoraLayer):
@@ -139,14 +142,15 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
         active = self._active_names()
         if self.disable_adapters or not active:
             return self.base_layer(x, *args, **kwargs)
+        first, *others = active
         if args or kwargs or not is_plain(self.base_layer):
-            y = self.base_layer(x, *args, **kwargs)
+            y, others = self.base_layer(x, *args, **kwargs), active
         elif torch.compiler.is_compiling() or not self._is_one_op(active):
-            y, active = self._fused(active[0]).apply(x), active[1:]
+            y = self._fused(first).apply(x)
         else:
-            return apply_shared(self._fused(active[0]), x, self.siblings, MoLoraLinear.as_member)
-        for name in active:
-            y = y + self._update(name).apply(x).to(y.dtype)
+            return apply_shared(self._fused(first), x, self.siblings, MoLoraLinear.as_member)
+        for name in others:
+            y = y + self._update(name, is_first=name == first).apply(x).to(y.dtype)
         return y
 
     def as_member(self) -> Member | None:
@@ -156,29 +160,35 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
         return self._fused(active[0]) if is_one_op and self._is_one_op(active) else None
 
     def _active_names(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.molora_A]
+        adapters = self.molora_A
+        return [name for name in self.active_adapters if name in adapters]
 
     def _is_one_op(self, active: list[str]) -> bool:
         """Where the base layer is plain; another class is what FSDP makes of a layer."""
         return len(active) == 1 and type(self) is MoLoraLinear and _is_called_as_it_is(self)
 
     def _fused(self, name: str) -> Member:
-        """Base and adapter."""
-        weight = self.base_layer.weight
-        weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
-        return self._update(name)._replace(weight=weight, bias=self.base_layer.bias)
+        """Base and the first active adapter."""
+        base = self.base_layer
+        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+        return self._member(name, weight, base.bias, key=id(self))
 
-    def _update(self, name: str) -> Member:
-        """The adapter without the base."""
+    def _update(self, name: str, *, is_first: bool) -> Member:
+        """An adapter without the base."""
+        return self._member(name, None, None, key=self._key(name, is_first))
+
+    def _member(
+        self, name: str, weight: Tensor | None, bias: Tensor | None, *, key: Hashable
+    ) -> Member:
         return Member(
             layer=self,
-            weight=None,
-            bias=None,
+            weight=weight,
+            bias=bias,
             a=self.molora_A[name],
             b=self.molora_B[name],
             router=self.molora_router[name],
             settings=self.molora_settings[name],
-            key=self.routing_key(name),
+            key=key,
             training=self.training,
         )
 

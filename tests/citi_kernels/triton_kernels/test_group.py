@@ -79,6 +79,20 @@ def test_results_are_the_layers_own(num_layers: int, dtype: torch.dtype, options
     compare(group)
 
 
+@each_option
+def test_without_gradients_the_outputs_are_the_same(options: dict) -> None:
+    group = random_group(3, device=DEVICE, **options)
+    lists = group.lists(group.layers)
+    expected = molora_linear_group(
+        group.x.requires_grad_(), *lists, **group.options, dropout_seeds=group.seeds
+    )
+    with torch.no_grad():
+        ours = molora_linear_group(group.x, *lists, **group.options, dropout_seeds=group.seeds)
+    for one, other in zip(itertools.chain(*ours), itertools.chain(*expected), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (torch.equal(one, other) and not one.requires_grad)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_the_input_gradient_holds_the_accuracy_rule(dtype: torch.dtype) -> None:
     group = random_group(3, dtype=dtype, device=DEVICE)

@@ -1,0 +1,68 @@
+"""`citi::molora_linear` where nothing but autograd looks on, or not even that.
+
+PyTorch's dispatch of a custom op takes longer than a small layer, and so does the bookkeeping of an
+autograd function while text is generated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from citi_kernels.ops.molora_linear_contract import Operands, Saved, Settings
+from citi_kernels.ops.molora_linear_op import checked_forward, keep, needs_of, run_gradients
+
+
+def is_plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd looks on: no compiler, tracer, mode, transform or subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and tensors[0].device.type != "meta"
+        and all(each is None or type(each) in (Tensor, nn.Parameter) for each in tensors)
+    )
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd has something to do with an op on these, forward mode included."""
+    return forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+    )
+
+
+def run_eager(operands: Operands, settings: Settings, backend: str) -> tuple[Tensor, Tensor | None]:
+    """y (T, N) and the gate sums (B, G), None without segments."""
+    if wants_gradient(*operands):
+        return EagerMoLoRALinear.apply(*operands, settings, backend)
+    y_TN, _, gate_sums_BG = checked_forward(operands, settings, backend)
+    return y_TN, gate_sums_BG
+
+
+class EagerMoLoRALinear(torch.autograd.Function):
+    """The op without PyTorch's dispatch of custom ops, which takes longer than a small layer."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        operands, (settings, backend) = Operands(*inputs[:6]), inputs[6:]
+        y_TN, saved, gate_sums_BG = checked_forward(operands, settings, backend)
+        keep(ctx, operands, saved)
+        ctx.settings, ctx.backend = settings, backend
+        return y_TN, gate_sums_BG
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: Tensor | None, dgate_sums: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, router, *saved = ctx.saved_tensors
+        operands, needs = Operands(x, weight, None, a, b, router), needs_of(ctx, dy)
+        gradients = run_gradients(
+            dy, dgate_sums, operands, Saved(*saved), ctx.settings, needs, ctx.backend
+        )
+        return (*gradients, None, None)
