@@ -5,6 +5,7 @@ Legend: B samples (segments), S positions, T tokens, G gate entries (E + 1), L l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from types import TracebackType
 
@@ -128,7 +129,7 @@ class RoutingContext:
                 "use_reentrant=False (gradient_checkpointing_kwargs={'use_reentrant': False}), or "
                 "model.eval() if this pass is not meant to train"
             )
-        num_tokens = x.shape[:-1].numel()
+        num_tokens = math.prod(x.shape[:-1])
         if self.segment_ids.numel() != num_tokens:
             raise ValueError(
                 f"the RoutingContext describes {self.segment_ids.numel()} tokens, shape "

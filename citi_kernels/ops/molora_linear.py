@@ -8,6 +8,8 @@ segments; they are ours.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ def molora_linear(
         x, weight, bias = (as_autocast(tensor, dtype) for tensor in (x, weight, bias))
     if x.dim() == 0:
         raise ValueError("molora_linear: x: want (..., K), got a tensor without dimensions")
-    shape, x_TK = x.shape, x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    shape, x_TK = x.shape, x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if segment_ids is not None:
         segment_ids = flat_segment_ids(segment_ids, shape, x_TK.shape[0])
     operands = Operands(x_TK, weight, bias, a, b, router)

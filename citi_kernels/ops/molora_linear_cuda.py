@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from types import ModuleType
 
 import torch
@@ -92,7 +93,7 @@ def is_fastest(x: Tensor, num_experts: int, top_k: int | None, dropout_p: float 
         and x.dtype in (torch.bfloat16, torch.float16)
         and dropout_p == 0
         and top_k in (None, num_experts)
-        and x.shape[:-1].numel() >= MIN_FASTEST_TOKENS
+        and math.prod(x.shape[:-1]) >= MIN_FASTEST_TOKENS
         and _has_extended_gemm(x.device.index or 0)
     )
 

@@ -9,6 +9,7 @@ R = E·r, G = E + 1 gate entries, B segments (samples); L layers, as a suffix of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -163,7 +164,7 @@ def _one_op(
         x = as_autocast(x, dtype)
         weights = [as_autocast(each, dtype) for each in weights]
         biases = [as_autocast(each, dtype) for each in biases]
-    shape, x_TK = x.shape, x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    shape, x_TK = x.shape, x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if segment_ids is not None:
         segment_ids = flat_segment_ids(segment_ids, shape, x_TK.shape[0])
     backend = backends.choose("molora_linear", x_TK)

@@ -7,6 +7,8 @@ Source: CITI, arXiv 2409.13202, section "MOLoRA".
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -39,7 +41,7 @@ def molora_linear_ref(
     Arguments and results are those of `molora_linear`; no checks. In fp64 gates and gate sums
     are fp64 too. It writes a (T, N) tensor per expert; it is the truth, not an implementation.
     """
-    shape, x_TK = x.shape, x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    shape, x_TK = x.shape, x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     a_RK, b_NR, router_GK = a.to(x.dtype), b.to(x.dtype), router.to(x.dtype)
     logits_TG = F.linear(*in_gate_dtype(x_TK, router_GK))
     kept_TE = choose_experts(logits_TG, top_k)

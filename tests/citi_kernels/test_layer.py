@@ -256,6 +256,23 @@ def test_a_traced_layer_holds_the_op_and_survives_saving(mode):
     assert torch.equal(torch.jit.load(buffer)(x), layer(x))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_an_exported_layer_holds_the_op_and_takes_any_batch(mode, strict):
+    layer = live(MoLoRALinear(16, 12)).eval()
+    dynamic = {0: torch.export.Dim("samples"), 1: torch.export.Dim("positions")}
+    with mode():
+        program = torch.export.export(
+            layer, (torch.randn(2, 3, 16),), dynamic_shapes=(dynamic,), strict=strict
+        )
+    assert "citi.molora_linear.default" in str(program.graph)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    exported, x = torch.export.load(buffer).module(), torch.randn(5, 7, 16)
+    assert torch.equal(exported(x), layer(x))
+
+
 def test_repr_says_what_the_layer_is():
     assert repr(MoLoRALinear(12, 9, top_k=2)) == (
         "MoLoRALinear(in_features=12, out_features=9, bias=True, num_experts=4, r=8, alpha=2, "
