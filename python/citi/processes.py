@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed
 from accelerate import PartialState
+
+# what Accelerate leaves in the environment, however it was told
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 
 
 def this_process() -> PartialState:
@@ -20,3 +29,18 @@ def process_group() -> torch.distributed.ProcessGroup | None:
     """All processes of the launch; None if this is the only one."""
     is_one_of_several = this_process().num_processes > 1
     return torch.distributed.group.WORLD if is_one_of_several else None
+
+
+def refuse_sharding() -> None:
+    """Stages check and save parameters by name, one process for all: each must hold them whole.
+
+    Raises:
+        ValueError: The launch spreads parameters or optimizer over processes.
+    """
+    for variable, name in _SHARDING.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise ValueError(
+                f"stages train parameters that every process holds whole, but {name} spreads them "
+                f"({variable} is set): start with `accelerate launch --multi_gpu`, or, for a base "
+                "too large for one GPU, one process with device_map auto"
+            )

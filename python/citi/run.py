@@ -21,7 +21,7 @@ from citi.importance.score_components import score_components
 from citi.manifest import Manifest
 from citi.observer import RunObserver
 from citi.plan import make_plan
-from citi.processes import process_group, this_process
+from citi.processes import process_group, refuse_sharding, this_process
 from citi.recipe import Recipe
 from citi.run_directory import RunDirectory, open_run
 from citi.run_evaluation import evaluate_pair, evaluate_run, evaluation_sets
@@ -61,9 +61,11 @@ def train(
         RunError: The folder holds another recipe's run.
         DataError: A data file cannot be used.
         TrainingError: A stage stopped itself; the run stays resumable.
-        ValueError: `scores` are of another model.
+        ValueError: `scores` are of another model; or the launch would spread the parameters over
+            processes, as FSDP and DeepSpeed do.
         KeyboardInterrupt: Ctrl-C; the observer's last line says how to resume.
     """
+    refuse_sharding()
     processes = this_process()
     watched = observer if observer is not None and processes.is_main_process else RunObserver()
     run = RunDirectory.of(recipe)

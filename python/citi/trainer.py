@@ -22,6 +22,7 @@ from citi.checkpoints import (
     last_complete_checkpoint,
     seal_checkpoint,
 )
+from citi.processes import refuse_sharding
 from citi.router_loss_mixin import IGNORED_LABEL, RouterLossMixin, has_labels
 from citi.stages import Stage, apply_stage, check_trainable, raise_trainables_to_fp32
 
@@ -64,6 +65,7 @@ class CitiTrainer(RouterLossMixin, Trainer):
         NonFiniteLossError, MaskedBatchError: See above.
         TrainingError: `train` was told to resume from a checkpoint that is not complete.
         StageError: The model has no parameters for the stage, or trains others.
+        ValueError: FSDP or DeepSpeed would spread the parameters over processes.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class CitiTrainer(RouterLossMixin, Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        refuse_sharding()
         self.stage = stage
         self.adapter = adapter
         self.max_masked_share = max_masked_share

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from importance_cases import padded, sequences, single
 from safetensors.torch import load_file, save_file
+from two_processes import run_in_two_processes
 
 from citi.importance import component_importance
 from tiny import tiny_model
@@ -21,16 +17,6 @@ CASES = [
     ("parameter", "head"),
     ("token", "element"),
 ]
-
-# The package is imported before the tests' folders, which are namesakes of it, come into sight.
-_RANK = """
-import sys
-import citi
-import citi_kernels
-sys.path += sys.argv[2:]
-from test_importance_processes import score_share
-score_share(sys.argv[1])
-"""
 
 
 def batches():
@@ -62,16 +48,7 @@ def score_share(folder: str) -> None:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
-    tests = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = folder / "rank.py"
-    script.write_text(_RANK)
-    command = [*launcher, str(script), str(folder), *tests]
-    run = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_in_two_processes("test_importance_processes", "score_share", folder)
     return folder
 
 

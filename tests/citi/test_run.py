@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from citi.data import Collator, DataError
 from citi.observer import RunObserver
+from citi.processes import refuse_sharding
 from citi.recipe import load_recipe
 from citi.run import evaluate_run, load_run, train
 from citi.run_directory import RunDirectory, RunError
@@ -345,3 +346,17 @@ def test_training_data_of_the_caller_replaces_the_mix_of_every_stage(tmp_path: P
     assert asked == ["rp", "mi", "uco"]
     phases = run.load_manifest().phases
     assert [phases[name]["steps"] for name in asked] == [2, 2, 2], "six samples, three a step"
+
+
+@pytest.mark.parametrize("value", ["true", "1", "True"])
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_case_40_a_launch_that_spreads_parameters_is_refused_before_anything(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tmp_path, **SHORT)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{name} is set.*--multi_gpu"):
+        train(recipe)
+    assert not Path(recipe.output).exists()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "false")
+    refuse_sharding()

@@ -288,3 +288,11 @@ def test_case_45_a_cut_checkpoint_is_not_resumed_from_when_named(tmp_path: Path)
     trainer = make_trainer(adapted_model(), tmp_path, Items(8), stage=MI, max_steps=4)
     with pytest.raises(TrainingError, match="checkpoint-2 is no complete checkpoint"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_case_40_sharded_parameters_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP spreads them"):
+        make_trainer(adapted_model(), tmp_path, Items(2), stage=MI)
