@@ -31,6 +31,8 @@ from citi.evaluation.tool_calls import SCORES
 RESULTS = Path(__file__).parents[1] / "results" / "method"
 TARGET = Path(__file__).with_name("RESULTS.md")
 README = Path(__file__).parents[2] / "README.md"
+# one file a scale: what its results say, and why we think so, written by hand
+READINGS = Path(__file__).with_name("readings")
 _NOTHING = "-"
 _HEADER = """# The method against what it is compared with
 
@@ -104,6 +106,7 @@ def _scale_section(scale: str, rows: Mapping[str, RowSummary]) -> str:
         lines += [_setting(rows), ""]
     sections = (
         ("Does it reproduce?", _verdict_lines(rows)),
+        ("What we think it says", _reading_lines(scale)),
         ("Beside the paper", _paper_lines(rows)),
         ("Tool calls", _tool_lines(rows)),
         ("General ability", _change_lines(rows)),
@@ -111,7 +114,7 @@ def _scale_section(scale: str, rows: Mapping[str, RowSummary]) -> str:
         ("Every general set", _nll_lines(rows) if rows else [NOT_MEASURED]),
         ("What it took", _cost_lines(rows)),
     )
-    for title, content in sections:
+    for title, content in filter(lambda section: section[1], sections):
         lines += [f"### {title}", "", *content, ""]
     return "\n".join(lines)
 
@@ -127,6 +130,11 @@ def _setting(rows: Mapping[str, RowSummary]) -> str:
         f"rank {scale['r']}, CITI's alpha {scale['lora_alpha']:g}, at most "
         f"{scale['eval_samples']} samples of each evaluation set."
     )
+
+
+def _reading_lines(scale: str) -> list[str]:
+    reading = READINGS / f"{scale}.md"
+    return reading.read_text(encoding="utf-8").splitlines() if reading.is_file() else []
 
 
 def _verdict_lines(rows: Mapping[str, RowSummary]) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 # what Accelerate leaves in the environment, however it was told
 _SHARDING = {
@@ -38,7 +37,7 @@ def refuse_sharding() -> None:
         ValueError: The launch spreads parameters or optimizer over processes.
     """
     for variable, name in _SHARDING.items():
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
+        if parse_flag_from_env(variable):
             raise ValueError(
                 f"stages train parameters that every process holds whole, but {name} spreads them "
                 f"({variable} is set): start with `accelerate launch --multi_gpu`, or, for a base "
