@@ -167,8 +167,8 @@ void CheckSchedule(int64_t num_rows, int64_t num_columns, int num_multiprocessor
       CHECK(place.column * Tiles::kWidth < num_columns, name + ": beyond the columns");
     }
   }
-  const int64_t wanted = gemm::CeilDiv(num_rows, gemm::kTileRows * Tiles::kCluster) *
-                         gemm::CeilDiv(num_columns, Tiles::kWidth);
+  const int64_t wanted = CeilDiv(num_rows, gemm::kTileRows * Tiles::kCluster) *
+                         CeilDiv(num_columns, Tiles::kWidth);
   CHECK(num_units == wanted && static_cast<int64_t>(places.size()) == wanted,
         name + ": a tile left out, or made twice");
 }
