@@ -3,16 +3,11 @@
 
 #include <immintrin.h>
 
+#include "cpu/lanes_sse.h"
 #include "dtype.h"
 
 namespace citi {
 namespace {
-
-// As the halves of the lanes are added: x0 + x2 + (x1 + x3).
-inline float SumOfFour(__m128 x) {
-  const __m128 by_2 = _mm_add_ps(x, _mm_movehl_ps(x, x));
-  return _mm_cvtss_f32(_mm_add_ss(by_2, _mm_shuffle_ps(by_2, by_2, 0x1)));
-}
 
 struct Floats {
   using Value = float;

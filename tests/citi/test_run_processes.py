@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from run_cases import Items, adapted_model, adapter_tensors, make_trainer, tiny_recipe
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from two_processes import run_in_two_processes
 
+from citi.run import train
 from citi.run_directory import RunDirectory
 from citi.stages import MI, UCO
 
 SHORT = {"epochs_mi": 1.0, "save_steps": 2}
-
-# The package is imported before the tests' folders, which are namesakes of it, come into sight.
-_RANK = """
-import sys
-from pathlib import Path
-import citi
-import citi_kernels
-import citi.run
-sys.path += sys.argv[2:]
-from test_run_processes import SHORT, train_stages
-from run_cases import tiny_recipe
-
-folder = Path(sys.argv[1])
-train_stages(folder, processes=2)
-citi.run.train(tiny_recipe(folder, **SHORT))
-"""
 
 
 def train_stages(folder: Path, *, processes: int) -> dict[str, dict[str, Tensor]]:
@@ -62,29 +44,15 @@ def train_stages(folder: Path, *, processes: int) -> dict[str, dict[str, Tensor]
     return results
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+def train_in_two(folder: str) -> None:
+    train_stages(Path(folder), processes=2)
+    train(tiny_recipe(Path(folder), **SHORT))
 
 
 def test_case_39_two_processes_train_as_one_and_share_a_run(tmp_path: Path) -> None:
     tiny_recipe(tmp_path)
-    tests = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    base = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(tmp_path), *tests],
-            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
+    run_in_two_processes("test_run_processes", "train_in_two", tmp_path)
     alone = train_stages(tmp_path / "alone", processes=1)
-    errors = [process.communicate(timeout=240)[1] for process in ranks]
-    for process, error in zip(ranks, errors, strict=True):
-        assert process.returncode == 0, error.decode()[-2000:]
     for name, result in alone.items():
         together = load_file(tmp_path / f"{name}.safetensors")
         assert together.keys() == result.keys()
