@@ -14,7 +14,6 @@ import pytest
 import torch
 from importance_command_cases import SUFFIXES, Folder, contents, saved
 from test_command_line import citi
-from test_run_processes import _free_port
 
 from citi.base_model import DTYPES, load_base
 from citi.command_line import importance as command
@@ -334,26 +333,24 @@ def test_without_matplotlib_a_line_says_what_is_missing(
 def test_processes_share_the_batches_and_the_first_one_writes_and_prints(
     folder: Folder, tmp_path: Path
 ) -> None:
-    words = [str(word) for word in folder.words(tmp_path / "x", general=["math"])]
-    base = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "citi", *words],
-            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said, errors = zip(*(process.communicate(timeout=120) for process in ranks), strict=True)
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    output, logs = tmp_path / "scores", tmp_path / "logs"
+    words = [str(word) for word in folder.words(output / "x", general=["math"])]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*launcher, "--redirects=1", f"--log-dir={logs}", "-m", "citi", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-9000:]
+    said = [next(logs.glob(f"*/attempt_0/{rank}/stdout.log")).read_text() for rank in range(2)]
     assert "  tool: " in said[0]
     assert " 5/5" in said[0], "five of nine batches are the first one's"
     assert said[1] == ""
-    assert {path.name for path in tmp_path.iterdir()} == {f"x{suffix}" for suffix in SUFFIXES}
-    together, alone = AbilityScores.load(tmp_path / "x"), folder.scores(general=["math"])
+    assert {path.name for path in output.iterdir()} == {f"x{suffix}" for suffix in SUFFIXES}
+    together, alone = AbilityScores.load(output / "x"), folder.scores(general=["math"])
     for name, ability in alone.abilities.items():
         got = together.abilities[name]
         assert (got.num_samples, got.num_tokens) == (ability.num_samples, ability.num_tokens)
