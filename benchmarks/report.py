@@ -1,18 +1,19 @@
 """Tables and plots from the files that `citi bench --json` writes.
 
     python benchmarks/report.py results.json --output folder     report.md and its pictures
-    python benchmarks/report.py --readme                         the README's parts, written anew
+    python benchmarks/report.py --pages                          the pages' tables, written anew
     python benchmarks/report.py results.json --against old.json  which ratios moved
 
-The README holds parts between `<!-- benchmark NAME: FILE -->` and `<!-- end -->`; each is written
-anew from that file of benchmarks/results, so that every number in it has a record behind it.
+The README and benchmarks/results/README.md hold tables between `<!-- ratios SUITE: FILES -->`, or
+`<!-- benchmark SUITE: FILES -->`, and `<!-- end -->`: what each row costs over the first one, a
+column for each group, or all that was measured, a table for each group. They are written anew from
+these files of benchmarks/results, so that every number has a record behind it.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import figures
@@ -23,60 +24,63 @@ from citi.benchmark.tables import NOT_MEASURED, as_markdown, by_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
-_PART = re.compile(r"(<!-- benchmark ([^:\n]+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (ROOT / "README.md", RESULTS / "README.md")
+SUITES = (
+    "layer",
+    "linears",
+    "top-k",
+    "decode",
+    "training",
+    "generation",
+    "importance",
+    "importance ops",
+)
+_TABLES = re.compile(
+    r"(<!-- (ratios|benchmark) ([^:\n]+): ([^>\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
-def layer_part(record: Record) -> list[str]:
-    """The cost of a layer, a column for each shape."""
-    results = record.of("layer")
-    lines = []
-    for dtype in dict.fromkeys(result.settings["dtype"] for result in results):
-        chosen = [result for result in results if result.settings["dtype"] == dtype]
-        lines += [*by_shape(chosen, [_shape(result) for result in chosen]), ""]
-    return [*lines, _how(record)]
-
-
-def _suite_part(suite: str) -> Callable[[Record], list[str]]:
-    def part(record: Record) -> list[str]:
-        lines = [line for result in record.of(suite) for line in [*as_markdown(result), ""]]
-        return [*(lines or [f"{suite}: {NOT_MEASURED}", ""]), _how(record)]
-
-    return part
-
-
-PARTS: dict[str, Callable[[Record], list[str]]] = {
-    "layer": layer_part,
-    **{
-        name: _suite_part(name)
-        for name in (
-            "importance",
-            "importance ops",
-            "training",
-            "generation",
-            "top-k",
-            "decode",
-            "linears",
-        )
-    },
-}
-
-
-def filled_readme(text: str, results: Path = RESULTS) -> str:
-    """The README with every part written anew.
+def filled(text: str, results: Path = RESULTS) -> str:
+    """A page with every table written anew.
 
     Raises:
-        ValueError: a part has a name that is not in PARTS, or its file cannot be used.
+        ValueError: a suite that is not in SUITES, or a file that cannot be used.
     """
 
     def write(found: re.Match) -> str:
-        opening, name, file, closing = found.groups()
-        if name not in PARTS:
-            raise ValueError(f"README: benchmark {name}: want one of {', '.join(PARTS)}")
-        lines = PARTS[name](Record.load(results / file))
-        return f"{opening}\n" + "\n".join(lines) + f"\n\n{closing}"
+        opening, kind, suite, files, closing = found.groups()
+        if suite not in SUITES:
+            raise ValueError(f"{kind} {suite}: want one of {', '.join(SUITES)}")
+        records = {file: Record.load(results / file) for file in files.split()}
+        chosen = [result for record in records.values() for result in record.of(suite)]
+        if not chosen:
+            lines = [f"{suite}: {NOT_MEASURED}", ""]
+        elif kind == "ratios":
+            lines = [*_ratios(chosen), *_sources(records)]
+        else:
+            tables = (line for result in chosen for line in [*as_markdown(result), ""])
+            lines = [*tables, *map(_how, records.values())]
+        return f"{opening}\n" + "\n".join(lines).rstrip() + f"\n\n{closing}"
 
-    return _PART.sub(write, text)
+    return _TABLES.sub(write, text)
+
+
+def _ratios(results: list[Result]) -> list[str]:
+    """A table for each dtype, a column for each group."""
+    lines = []
+    for dtype in dict.fromkeys(result.settings["dtype"] for result in results):
+        chosen = [result for result in results if result.settings["dtype"] == dtype]
+        lines += [*by_shape(chosen, [_column(result) for result in chosen]), ""]
+    return lines
+
+
+def _sources(records: dict[str, Record]) -> list[str]:
+    """The machine and the files, which tell the command."""
+    machines: dict[str, list[str]] = {}
+    for file, record in records.items():
+        link = f"[{file}](benchmarks/results/{file})"
+        machines.setdefault(machine_line(record.machine), []).append(link)
+    return [f"{', '.join(links)}: {machine}." for machine, links in machines.items()]
 
 
 def report(record: Record) -> list[str]:
@@ -130,7 +134,7 @@ def draw(record: Record, folder: Path) -> list[Path]:
     layers = record.of("layer")
     for dtype in dict.fromkeys(result.settings["dtype"] for result in layers):
         chosen = [result for result in layers if result.settings["dtype"] == dtype]
-        heads = [_shape(result) for result in chosen]
+        heads = [_column(result) for result in chosen]
         save(f"layer_{dtype}", figures.cost_by_shape(chosen, heads, machine))
         save(f"memory_{dtype}", figures.memory_bars(chosen[-1], machine))
         if record.of("ceilings", dtype=dtype):
@@ -140,10 +144,29 @@ def draw(record: Record, folder: Path) -> list[Path]:
     return drawn
 
 
-def _shape(result: Result) -> str:
-    T, K, N = (result.settings[name] for name in "TKN")
-    size = f"{K}²" if K == N else f"{K} → {N}"
-    return f"{result.settings['dtype']} {size}, T {T}"
+def _column(result: Result) -> str:
+    """The settings of a group: the model or the sizes, the tokens, what else there is."""
+    settings = dict(result.settings)
+    words = [str(settings.pop("dtype"))]
+    if "model" in settings:
+        words.append(str(settings.pop("model")))
+    if "K" in settings:
+        words.append(_size(settings.pop("K"), settings.pop("N")))
+    if "batch" in settings:
+        words.append(f"{settings.pop('batch')} of {settings.pop('tokens')} tokens")
+    if settings.pop("answers", 1.0) != 1.0:
+        words.append(f"{result.settings['answers']:.0%} answers")
+    if settings.pop("recomputes", False):
+        words.append("recomputed")
+    words += [
+        f"{name} {value}" if len(name) == 1 else f"{value} {name}"
+        for name, value in settings.items()
+    ]
+    return " ".join(words[:2]) + "".join(f", {word}" for word in words[2:])
+
+
+def _size(K: int, N: int) -> str:
+    return f"{K}²" if K == N else f"{K} → {N}"
 
 
 def _how(record: Record) -> str:
@@ -158,13 +181,14 @@ def main() -> None:
     parser.add_argument("record", type=Path, nargs="?", help="a file of citi bench --json")
     parser.add_argument("--output", type=Path, default=Path("bench_report"), help="a folder")
     parser.add_argument("--against", type=Path, help="an older file to compare with")
-    parser.add_argument("--readme", action="store_true", help="write the README's parts anew")
+    parser.add_argument("--pages", action="store_true", help="write the pages' tables anew")
     arguments = parser.parse_args()
-    if arguments.readme:
-        README.write_text(filled_readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+    if arguments.pages:
+        for page in PAGES:
+            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     if arguments.record is None:
-        if not arguments.readme:
-            parser.error("want a record, or --readme")
+        if not arguments.pages:
+            parser.error("want a record, or --pages")
         return
     record = Record.load(arguments.record)
     if arguments.against is not None:

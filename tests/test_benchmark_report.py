@@ -1,7 +1,8 @@
-"""benchmarks/report.py: plots and tables of a record; every number of the README has one."""
+"""benchmarks/report.py: plots and tables of a record; every number of a page has one."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -83,30 +84,79 @@ def record() -> Record:
     )
 
 
-def test_the_readme_holds_what_its_records_say(report: ModuleType) -> None:
-    text = report.README.read_text(encoding="utf-8")
-    assert text.count("<!-- benchmark ") == text.count("<!-- end -->") > 0
-    assert report.filled_readme(text) == text, "run: python benchmarks/report.py --readme"
+def test_the_pages_hold_what_their_records_say(report: ModuleType) -> None:
+    for page in report.PAGES:
+        text = page.read_text(encoding="utf-8")
+        tables = text.count("<!-- ratios ") + text.count("<!-- benchmark ")
+        assert tables == text.count("<!-- end -->") > 0
+        assert report.filled(text) == text, "run: python benchmarks/report.py --pages"
 
 
-def test_a_part_is_written_anew_from_its_file(
+def test_every_link_and_picture_of_a_page_is_in_the_tree() -> None:
+    pages = [path for folder in ("benchmarks", "python") for path in (ROOT / folder).rglob("*.md")]
+    for page in [*ROOT.glob("*.md"), *pages]:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text):
+            link = target[0] or target[1]
+            if not re.match(r"https?:|#", link):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_suite_of_a_committed_record_is_on_the_page_of_measurements(
+    report: ModuleType,
+) -> None:
+    text = (report.RESULTS / "README.md").read_text(encoding="utf-8")
+    for table in re.findall(r"<!-- benchmark (.+): (.+) -->", text):
+        for file in table[1].split():
+            assert Record.load(report.RESULTS / file).of(table[0]), table
+    shown = {suite for suite, _ in re.findall(r"<!-- benchmark (.+): (.+) -->", text)}
+    assert shown == set(report.SUITES)
+
+
+def test_ratios_are_a_column_for_each_group_and_name_machine_and_file(
     report: ModuleType, record: Record, tmp_path: Path
 ) -> None:
     record.save(tmp_path / "a.json")
-    text = "before\n<!-- benchmark layer: a.json -->\nold\n<!-- end -->\nafter\n"
-    filled = report.filled_readme(text, tmp_path)
+    text = "before\n<!-- ratios layer: a.json -->\nold\n<!-- end -->\nafter\n"
+    filled = report.filled(text, tmp_path)
     assert "| **MOLoRA** | 1.06 | 1.06 |" in filled
     assert "| time over the frozen linear | bf16 32 → 16, T 64 | bf16 16², T 64 |" in filled
-    assert "`citi bench --quick` at 0123456: a CPU (avx2), 2 threads" in filled
+    assert "[a.json](benchmarks/results/a.json): a CPU (avx2), 2 threads" in filled
     assert "old" not in filled
     assert filled.startswith("before\n")
     assert filled.endswith("\nafter\n")
-    assert report.filled_readme(filled, tmp_path) == filled
+    assert report.filled(filled, tmp_path) == filled
 
 
-def test_a_part_of_an_unknown_name_is_refused(report: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="benchmark layers: want one of layer"):
-        report.filled_readme("<!-- benchmark layers: a.json -->\n<!-- end -->", tmp_path)
+def test_two_files_stand_side_by_side_under_the_models_that_they_are_of(
+    report: ModuleType, tmp_path: Path
+) -> None:
+    for model, ratios in (("tiny", {"frozen": 1.0, "ours": 1.5}), ("large", {"frozen": 1.0})):
+        settings = {"model": model, "batch": 4, "tokens": 128, "answers": 0.2, "dtype": "bf16"}
+        result = a_result("importance", settings | {"recomputes": True}, ratios)
+        Record(MACHINE, f"citi bench {model}", (result,)).save(tmp_path / f"{model}.json")
+    files = "tiny.json large.json -->"
+    ratios = report.filled(f"<!-- ratios importance: {files}\n<!-- end -->", tmp_path)
+    heads = [
+        f"bf16 {model}, 4 of 128 tokens, 20% answers, recomputed" for model in ("tiny", "large")
+    ]
+    assert f"| time over the frozen | {' | '.join(heads)} |" in ratios
+    assert "| ours | 1.50 | not yet measured |" in ratios
+    assert "[tiny.json](benchmarks/results/tiny.json), [large.json]" in ratios
+    full = report.filled(f"<!-- benchmark importance: {files}\n<!-- end -->", tmp_path)
+    assert "| ours: what it is | 1.50 | 1.50 | 1.50 | 375 (171 tokens/s) | 1.0; 2.0 |" in full
+    assert "`citi bench tiny` at 0123456: a CPU (avx2), 2 threads" in full
+    assert "`citi bench large` at 0123456" in full
+
+
+def test_a_suite_without_a_row_is_not_yet_measured_and_an_unknown_one_refused(
+    report: ModuleType, record: Record, tmp_path: Path
+) -> None:
+    record.save(tmp_path / "a.json")
+    text = report.filled("<!-- ratios decode: a.json -->\n<!-- end -->", tmp_path)
+    assert "decode: not yet measured" in text
+    with pytest.raises(ValueError, match="ratios layers: want one of layer"):
+        report.filled("<!-- ratios layers: a.json -->\n<!-- end -->", tmp_path)
 
 
 def test_every_plot_is_drawn_and_the_same_record_gives_the_same_bytes(

@@ -66,7 +66,8 @@ def by_shape(results: Sequence[Result], heads: Sequence[str], part: str = "both"
         cells = []
         for result in results:
             row = next((row for row in result.rows if row.name == name), None)
-            cells.append(NOT_MEASURED if row is None else f"{row.ratio[part]:.2f}")
+            once = " (timed once)" if row is not None and row.rounds == 1 else ""
+            cells.append(NOT_MEASURED if row is None else f"{row.ratio[part]:.2f}{once}")
         bold = name.startswith("MOLoRA")
         lines.append(table_line([f"**{name}**" if bold else name, *cells]))
     return lines
