@@ -2,7 +2,6 @@
 
 #include <initializer_list>
 #include <utility>
-#include <vector>
 
 namespace citi {
 namespace {
@@ -14,36 +13,25 @@ bool IsTaken(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::k
 
 // Bytes that an argument covers.
 struct Extent {
-  std::string name;
+  const char* name;
   uintptr_t begin, end;
+  bool is_output;
 };
 
-Extent ExtentOf(const std::string& name, const Vector& vector) {
+Extent ExtentOf(const char* name, const Vector& vector, bool is_output) {
   const auto begin = reinterpret_cast<uintptr_t>(vector.data);
-  return {name, begin, begin + static_cast<uintptr_t>(vector.size * SizeOf(vector.dtype))};
+  const auto size = static_cast<uintptr_t>(vector.size * SizeOf(vector.dtype));
+  return {name, begin, begin + size, is_output};
 }
 
-Extent ExtentOf(const std::string& name, const Matrix& matrix, int64_t num_rows,
-                int64_t num_columns) {
+Extent ExtentOf(const char* name, const Matrix& matrix, int64_t num_rows, int64_t num_columns,
+                bool is_output) {
   const auto begin = reinterpret_cast<uintptr_t>(matrix.data);
-  if (num_rows == 0 || num_columns == 0) return {name, begin, begin};
+  if (num_rows == 0 || num_columns == 0) return {name, begin, begin, is_output};
   const int64_t last =
       (num_rows - 1) * matrix.row_stride + (num_columns - 1) * matrix.column_stride;
-  return {name, begin, begin + static_cast<uintptr_t>((last + 1) * SizeOf(matrix.dtype))};
-}
-
-// Every output must lie apart from the inputs and from the other outputs.
-std::string Overlapping(const std::vector<Extent>& outputs, const std::vector<Extent>& inputs) {
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    std::vector<Extent> others(inputs);
-    others.insert(others.end(), outputs.begin(), outputs.begin() + static_cast<std::ptrdiff_t>(i));
-    for (const Extent& other : others) {
-      if (outputs[i].begin < other.end && other.begin < outputs[i].end) {
-        return outputs[i].name + ": must not overlap " + other.name;
-      }
-    }
-  }
-  return "";
+  const auto size = static_cast<uintptr_t>((last + 1) * SizeOf(matrix.dtype));
+  return {name, begin, begin + size, is_output};
 }
 
 // Checks one argument after the other until the first that is wrong.
@@ -53,10 +41,10 @@ class Checker {
 
   void CheckInput(const char* name, const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
     if (!CheckMatrix(name, matrix, num_rows, num_columns)) return;
-    inputs_.push_back(ExtentOf(name, matrix, num_rows, num_columns));
+    Keep(ExtentOf(name, matrix, num_rows, num_columns, false));
   }
   void CheckInput(const char* name, const Vector& vector, int64_t size) {
-    if (CheckVector(name, vector, size)) inputs_.push_back(ExtentOf(name, vector));
+    if (CheckVector(name, vector, size)) Keep(ExtentOf(name, vector, false));
   }
   // Rows that lie apart, so that two threads never write to one element.
   void CheckOutput(const char* name, const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
@@ -67,15 +55,15 @@ class Checker {
       problem_ = std::string(name) + ": rows must be contiguous and lie apart";
       return;
     }
-    outputs_.push_back(ExtentOf(name, matrix, num_rows, num_columns));
+    Keep(ExtentOf(name, matrix, num_rows, num_columns, true));
   }
   void CheckOutput(const char* name, const Vector& vector, int64_t size) {
-    if (CheckVector(name, vector, size)) outputs_.push_back(ExtentOf(name, vector));
+    if (CheckVector(name, vector, size)) Keep(ExtentOf(name, vector, true));
   }
   void CheckDType(const char* name, DType dtype, DType wanted) {
     if (problem_.empty() && dtype != wanted) {
       problem_ = std::string(name) + ": dtype must be " +
-                 (wanted == DType::kFloat32 ? "fp32" : "that of h, bf16");
+                 (wanted == DType::kFloat32 ? "fp32" : "bf16") + " here";
     }
   }
   void CheckTaken(const char* name, DType dtype) {
@@ -90,9 +78,7 @@ class Checker {
     if (problem_.empty() && !holds) problem_ = otherwise;
   }
   bool IsFine() const { return problem_.empty(); }
-  std::string Problem() const {
-    return problem_.empty() ? Overlapping(outputs_, inputs_) : problem_;
-  }
+  std::string Problem() const { return problem_.empty() ? Overlapping() : problem_; }
 
  private:
   bool CheckMatrix(const char* name, const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
@@ -106,8 +92,28 @@ class Checker {
     return problem_.empty();
   }
 
+  void Keep(const Extent& extent) { extents_[num_extents_++] = extent; }
+
+  // Every output must lie apart from the inputs and from the other outputs.
+  std::string Overlapping() const {
+    for (int i = 0; i < num_extents_; ++i) {
+      const Extent& one = extents_[i];
+      for (int j = 0; j < num_extents_; ++j) {
+        const Extent& other = extents_[j];
+        if (j == i || !one.is_output || (other.is_output && j > i)) continue;
+        if (one.begin < other.end && other.begin < one.end) {
+          return std::string(one.name) + ": must not overlap " + other.name;
+        }
+      }
+    }
+    return "";
+  }
+
+  static constexpr int kMaxExtents = 16;  // more than a problem has arguments
+
   std::string problem_;
-  std::vector<Extent> inputs_, outputs_;
+  Extent extents_[kMaxExtents];
+  int num_extents_ = 0;
 };
 
 void CheckAdapter(const MoloraSizes& sizes, const Matrix& a, const Matrix& b, const Matrix& router,
@@ -141,19 +147,25 @@ std::string Invalid(const MoloraSizes& sizes) {
 std::string Invalid(const MoloraForward& forward, int64_t workspace_size) {
   const MoloraSizes& sizes = forward.sizes;
   Checker checker(sizes);
-  const DType dtype = forward.h.dtype;
+  const DType dtype = forward.x.dtype;
   if (!checker.IsFine()) return checker.Problem();
   checker.Refuse(InvalidDropout(forward.dropout));
-  checker.CheckOutput("h", forward.h, sizes.num_tokens * sizes.stacked_rank);
-  checker.CheckDType("x", forward.x.dtype, dtype);
   checker.CheckInput("x", forward.x, sizes.num_tokens, sizes.num_in);
   CheckAdapter(sizes, forward.a, forward.b, forward.router, &checker);
   checker.CheckDType("y", forward.y.dtype, dtype);
   checker.CheckOutput("y", forward.y, sizes.num_tokens, sizes.num_out);
-  checker.CheckDType("probs", forward.probs.dtype, DType::kFloat32);
-  checker.CheckOutput("probs", forward.probs, sizes.num_tokens * sizes.num_gates());
-  checker.CheckDType("workspace", forward.workspace.dtype, DType::kFloat32);
-  checker.CheckOutput("workspace", forward.workspace, workspace_size);
+  if (forward.h.data != nullptr) {
+    checker.CheckDType("h", forward.h.dtype, dtype);
+    checker.CheckOutput("h", forward.h, sizes.num_tokens * sizes.stacked_rank);
+  }
+  if (forward.probs.data != nullptr) {
+    checker.CheckDType("probs", forward.probs.dtype, DType::kFloat32);
+    checker.CheckOutput("probs", forward.probs, sizes.num_tokens * sizes.num_gates());
+  }
+  if (workspace_size > 0) {
+    checker.CheckDType("workspace", forward.workspace.dtype, DType::kFloat32);
+    checker.CheckOutput("workspace", forward.workspace, workspace_size);
+  }
   return checker.Problem();
 }
 

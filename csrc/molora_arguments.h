@@ -50,9 +50,9 @@ struct MoloraForward {
   Matrix router;     // (G, K)
   Matrix y;          // (T, N), changed in place
   bool has_base;     // whether y is added to; otherwise it is overwritten
-  Vector h;          // (T, R), overwritten
-  Vector probs;      // (T, G) fp32, overwritten
-  Vector workspace;  // fp32, MoloraForwardWorkspace entries
+  Vector h;          // (T, R), overwritten, or none
+  Vector probs;      // (T, G) fp32, overwritten, or none
+  Vector workspace;  // fp32, MoloraForwardWorkspace entries; none where these are 0
 };
 
 struct MoloraBackward {

@@ -11,6 +11,7 @@ from torch import Tensor
 from citi_kernels.ops.molora_linear_contract import Operands, Settings
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NUM_DIMS = (2, 2, 1, 2, 2, 2)  # of Operands
 
 
 def check(operands: Operands, settings: Settings) -> None:
@@ -19,16 +20,13 @@ def check(operands: Operands, settings: Settings) -> None:
     experts = settings.num_experts
     if experts < 1:
         raise ValueError(f"molora_linear: num_experts: want at least 1, got {experts}")
-    for name, tensor, num_dims in (
-        ("x", x, 2),
-        ("weight", weight, 2),
-        ("bias", bias, 1),
-        ("a", a, 2),
-        ("b", b, 2),
-        ("router", router, 2),
-    ):
-        if tensor is not None:
-            _check_tensor(name, tensor, num_dims, x)
+    device = x.device
+    for name, tensor, num_dims in zip(Operands._fields, operands, _NUM_DIMS, strict=True):
+        if tensor is None:
+            continue
+        is_fine = tensor.dtype in FLOATING and tensor.dim() == num_dims and tensor.device == device
+        if not is_fine:
+            _refuse_tensor(name, tensor, num_dims, x)
     num_in, num_out, stacked = x.shape[1], b.shape[0], a.shape[0]
     if stacked == 0 or stacked % experts:
         raise ValueError(
@@ -52,10 +50,10 @@ def check(operands: Operands, settings: Settings) -> None:
             )
     if bias is not None and weight is None:
         raise ValueError("molora_linear: bias: want None where weight is None, got a tensor")
-    _check_options(settings, x.shape[0], x.device)
+    _check_options(settings, x.shape[0], device)
 
 
-def _check_tensor(name: str, tensor: Tensor, num_dims: int, x: Tensor) -> None:
+def _refuse_tensor(name: str, tensor: Tensor, num_dims: int, x: Tensor) -> None:
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"molora_linear: {name}: want one of {', '.join(map(str, FLOATING))}, "
@@ -65,14 +63,13 @@ def _check_tensor(name: str, tensor: Tensor, num_dims: int, x: Tensor) -> None:
         raise ValueError(
             f"molora_linear: {name}: want {num_dims} dimensions, got shape {tuple(tensor.shape)}"
         )
-    if tensor.device != x.device:
-        raise ValueError(
-            f"molora_linear: {name}: want the device of x, {x.device}, got {tensor.device}"
-        )
+    raise ValueError(
+        f"molora_linear: {name}: want the device of x, {x.device}, got {tensor.device}"
+    )
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], words: str) -> None:
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(
             f"molora_linear: {name}: want shape {words} = {shape}, got {tuple(tensor.shape)}"
         )

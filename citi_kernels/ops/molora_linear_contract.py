@@ -6,6 +6,10 @@ A backend is any object with
     backward(dy_TN, dgate_sums_BG, operands, saved, settings, needs) -> Operands of gradients
     empty_saved(x_TK, a_RK, settings) -> Saved, unfilled: what its forward will give (for tracing)
 
+and maybe, where that is less work, for calls that no backward will follow
+
+    forward_only(operands, settings) -> (y_TN, gate_sums_BG or None), bitwise those of forward
+
 It gets checked arguments of any strides, writes to none of them, and returns tensors that alias
 none of them. `Saved` is contiguous; gradients have any dtype and strides.
 
@@ -15,7 +19,7 @@ B segments.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -68,3 +72,13 @@ class Saved(NamedTuple):
     h: Tensor  # a x, in x's dtype
     probs: Tensor  # probabilities of the gates, fp32; fp64 for fp64 x
     kept: Tensor | None  # which experts each token keeps; None where all are kept
+
+
+def forward_only(
+    backend: Any, operands: Operands, settings: Settings
+) -> tuple[Tensor, Tensor | None]:
+    """y (T, N) and the gate sums (B, G), None without segments."""
+    if hasattr(backend, "forward_only"):
+        return backend.forward_only(operands, settings)
+    y_TN, _, gate_sums_BG = backend.forward(operands, settings)
+    return y_TN, gate_sums_BG

@@ -51,42 +51,67 @@ def path(stacked_rank: int, dtype: torch.dtype, settings: Settings) -> str:
 
 def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tensor | None]:
     """y (T, N), what the backward needs, and the gate sums (B, G) or None."""
-    x_TK, weight_NK, bias_N, a_RK, b_NR, router_GK = operands
+    x_TK, a_RK = operands.x, operands.a
     if path(a_RK.shape[0], x_TK.dtype, settings) == "library":
         return molora_linear_torch.forward(operands, settings)
-    x_TK = x_TK.contiguous()
     saved = empty_saved(x_TK, a_RK, settings)
+    y_TN = _run_forward(operands, settings, saved.h, saved.probs)
+    return y_TN, saved, _gate_sums(saved.probs, settings)
+
+
+def forward_only(operands: Operands, settings: Settings) -> tuple[Tensor, Tensor | None]:
+    """y (T, N) and the gate sums, for no backward."""
+    x_TK = operands.x
+    if path(operands.a.shape[0], x_TK.dtype, settings) == "library":
+        y_TN, _, gate_sums_BG = molora_linear_torch.forward(operands, settings)
+        return y_TN, gate_sums_BG
+    if settings.segment_ids is None:
+        return _run_forward(operands, settings, None, None), None
+    probs_TG = _empty_probs(x_TK, settings)
+    return _run_forward(operands, settings, None, probs_TG), _gate_sums(probs_TG, settings)
+
+
+def _run_forward(
+    operands: Operands, settings: Settings, h_TR: Tensor | None, probs_TG: Tensor | None
+) -> Tensor:
+    """y; fills h and probs."""
+    x_TK, weight_NK, bias_N, a_RK, b_NR, router_GK = operands
+    x_TK = x_TK.contiguous()
+    num_tokens, num_in = x_TK.shape
+    num_out, stacked_rank = b_NR.shape
     if weight_NK is None:
-        y_TN = x_TK.new_empty(x_TK.shape[0], b_NR.shape[0])
+        y_TN = x_TK.new_empty(num_tokens, num_out)
     else:
         y_TN = F.linear(x_TK, weight_NK, bias_N)
     # names of ours keep these alive during the call
     a_RK, b_NR, router_GK = _readable(a_RK, b_NR, router_GK, dtype=x_TK.dtype)
-    extension, shape = compiled.extension(), _shape(saved, a_RK, b_NR, settings)
+    extension, matrix = compiled.extension(), compiled.matrix
+    shape = num_tokens, num_in, num_out, settings.num_experts, stacked_rank
     dropout = definition.dropout_numbers(settings.dropout_p, settings.dropout_seed)
     size = extension.molora_forward_workspace(shape, has_dropout=dropout is not None)
-    workspace = saved.probs.new_empty(size)
+    workspace = x_TK.new_empty(size, dtype=torch.float32) if size else None
     extension.molora_forward(
         shape=shape,
         scaling=settings.scaling,
         dropout=dropout,
-        x=compiled.matrix(x_TK),
-        a=compiled.matrix(a_RK),
-        b=compiled.matrix(b_NR),
-        router=compiled.matrix(router_GK),
-        y=compiled.matrix(y_TN),
+        x=matrix(x_TK),
+        a=matrix(a_RK),
+        b=matrix(b_NR),
+        router=matrix(router_GK),
+        y=matrix(y_TN),
         has_base=weight_NK is not None,
-        h=compiled.vector(saved.h),
-        probs=compiled.vector(saved.probs),
+        h=compiled.vector(h_TR),
+        probs=compiled.vector(probs_TG),
         workspace=compiled.vector(workspace),
         num_threads=torch.get_num_threads(),
     )
-    gate_sums_BG = None
-    if settings.segment_ids is not None:
-        gate_sums_BG = definition.sum_over_segments(
-            saved.probs, settings.segment_ids, settings.num_segments
-        )
-    return y_TN, saved, gate_sums_BG
+    return y_TN
+
+
+def _gate_sums(probs_TG: Tensor, settings: Settings) -> Tensor | None:
+    if settings.segment_ids is None:
+        return None
+    return definition.sum_over_segments(probs_TG, settings.segment_ids, settings.num_segments)
 
 
 def backward(
@@ -157,9 +182,13 @@ def empty_saved(x_TK: Tensor, a_RK: Tensor, settings: Settings) -> Saved:
     num_tokens = x_TK.shape[0]
     return Saved(
         h=x_TK.new_empty(num_tokens, a_RK.shape[0]),
-        probs=x_TK.new_empty(num_tokens, settings.num_experts + 1, dtype=torch.float32),
+        probs=_empty_probs(x_TK, settings),
         kept=None,
     )
+
+
+def _empty_probs(x_TK: Tensor, settings: Settings) -> Tensor:
+    return x_TK.new_empty(x_TK.shape[0], settings.num_experts + 1, dtype=torch.float32)
 
 
 def _shape(saved: Saved, a_RK: Tensor, b_NR: Tensor, settings: Settings) -> tuple[int, ...]:

@@ -32,8 +32,8 @@ void CheckAndRun(const Problem& molora, int64_t workspace_size, int64_t num_thre
 void Forward(const ShapeNumbers& shape, float scaling,
              const std::optional<DropoutNumbers>& dropout, const MatrixNumbers& x,
              const MatrixNumbers& a, const MatrixNumbers& b, const MatrixNumbers& router,
-             const MatrixNumbers& y, bool has_base, const VectorNumbers& h,
-             const VectorNumbers& probs, const VectorNumbers& workspace, int64_t num_threads) {
+             const MatrixNumbers& y, bool has_base, const OptionalVector& h,
+             const OptionalVector& probs, const OptionalVector& workspace, int64_t num_threads) {
   const MoloraSizes sizes = AsSizes(shape);
   const MoloraForward forward{sizes,
                               scaling,
@@ -60,7 +60,7 @@ void Backward(const ShapeNumbers& shape, float scaling,
   const MoloraSizes sizes = AsSizes(shape);
   const MoloraBackward backward{sizes,
                                 scaling,
-                              AsDropout(dropout),
+                                AsDropout(dropout),
                                 AsMatrix("dy", dy),
                                 AsMatrix("x", x),
                                 AsMatrix("a", a),

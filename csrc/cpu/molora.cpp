@@ -1,5 +1,7 @@
 #include "cpu/molora.h"
 
+#include <iterator>
+
 #include "cpu/parallel.h"
 #include "whole_numbers.h"
 
@@ -41,9 +43,7 @@ bool IsOfFew(const MoloraSizes& sizes, bool has_dropout) {
 }  // namespace
 
 int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, bool has_dropout) {
-  if (IsOfFew(sizes, has_dropout)) {
-    return sizes.num_tokens * (sizes.num_rows() + sizes.stacked_rank);
-  }
+  if (IsOfFew(sizes, has_dropout)) return 0;
   const int64_t num_tokens = RoundUp(sizes.num_tokens, kMoloraTokens);
   const int64_t num_lanes =
       has_dropout ? RoundUp(sizes.stacked_rank, kLanes) + RoundUp(sizes.num_gates(), kLanes)
@@ -60,12 +60,15 @@ int64_t MoloraBackwardWorkspace(const MoloraSizes& sizes) {
 }
 
 void RunMolora(const MoloraForward& forward, Variant variant, int64_t num_threads) {
-  const MoloraKernels kernels = Select(variant, forward.h.dtype);
-  if (IsOfFew(forward.sizes, forward.dropout.has_value())) {
-    Run(forward, kernels.forward_of_few, num_threads);
-  } else {
+  const MoloraKernels kernels = Select(variant, forward.x.dtype);
+  if (!IsOfFew(forward.sizes, forward.dropout.has_value())) {
     Run(forward, kernels.forward, num_threads);
+    return;
   }
+  float numbers[kFewTokens * (kMaxMoloraRows + kMaxStackedRank)];
+  MoloraForward of_few = forward;
+  of_few.workspace = {numbers, sizeof(numbers), DType::kFloat32, std::size(numbers)};
+  Run(of_few, kernels.forward_of_few, num_threads);
 }
 
 void RunMolora(const MoloraBackward& backward, Variant variant, int64_t num_threads) {

@@ -64,21 +64,26 @@ inline float InverseKeep(const std::optional<Dropout>& dropout) {
   return dropout ? dropout->inverse_keep : 1.0f;
 }
 
-// h and the gates of one token from its dot products with a and router; put(j, u before rounding).
+// h and the gates of one token, where they are wanted, from its dot products with a and router;
+// put(j, u before rounding).
 template <class X, class Put>
 void Route(const MoloraForward& forward, const float* dots, const float* logits, int64_t token,
            const Put& put) {
   const MoloraSizes& sizes = forward.sizes;
-  X* h = static_cast<X*>(forward.h.data) + token * sizes.stacked_rank;
-  float* probs = static_cast<float*>(forward.probs.data) + token * sizes.num_gates();
+  X* h = static_cast<X*>(forward.h.data);
+  float* probs = static_cast<float*>(forward.probs.data);
+  float probs_here[kMaxStackedRank + 1];
+  if (h != nullptr) h += token * sizes.stacked_rank;
+  probs = probs == nullptr ? probs_here : probs + token * sizes.num_gates();
   Softmax(logits, sizes.num_gates(), probs);
   const float inverse_keep = InverseKeep(forward.dropout);
   const int64_t rank = sizes.stacked_rank / sizes.num_experts;
   for (int64_t e = 0, j = 0; e < sizes.num_experts; ++e) {
     const float scale = forward.scaling * probs[e + 1];
     for (const int64_t end = j + rank; j < end; ++j) {
-      h[j] = Rounded<X>(dots[j] * inverse_keep);
-      put(j, ToFloat(h[j]) * scale);
+      const X h_j = Rounded<X>(dots[j] * inverse_keep);
+      if (h != nullptr) h[j] = h_j;
+      put(j, ToFloat(h_j) * scale);
     }
   }
 }

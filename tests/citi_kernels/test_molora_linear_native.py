@@ -12,6 +12,7 @@ from torch import Tensor
 from citi_kernels import compiled, environment, molora_linear, use_backend
 from citi_kernels.ops import molora_linear_native
 from citi_kernels.ops.molora_linear_contract import Settings
+from citi_kernels.tensor_memory import TensorMemory
 from citi_kernels.testing import check_molora_linear, evaluate, random_case
 
 pytestmark = pytest.mark.skipif(
@@ -56,6 +57,26 @@ def test_neither_threads_nor_repeats_change_a_bit(dtype: torch.dtype, num_tokens
         results.append(evaluate(molora_linear, case))
     for other in results[1:]:
         assert_same(other, results[0])
+
+
+@each_dtype
+@pytest.mark.parametrize("num_tokens", [3, 40])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_without_a_gradient_nothing_is_kept_and_no_bit_changes(
+    dtype: torch.dtype, num_tokens: int, dropout_p: float
+) -> None:
+    case = random_case(num_tokens, 70, 50, dtype=dtype, weight=False)
+    options = case.options | {"dropout_p": dropout_p, "dropout_seed": SEED}
+    case.a.requires_grad_()
+    y, sums = molora_linear(*case.operands, **options)
+    with torch.no_grad():
+        assert all(map(torch.equal, molora_linear(*case.operands, **options), (y, sums)))
+        options |= {"segment_ids": None, "num_segments": None}
+        with TensorMemory() as memory:
+            alone, _ = molora_linear(*case.operands, **options)
+    assert torch.equal(alone, y)
+    if num_tokens == 3 and dropout_p == 0:
+        assert memory.allocations == [y.nbytes], "h, gates or a workspace"
 
 
 @each_dtype

@@ -100,13 +100,9 @@ def _row_dots(extension: ModuleType) -> _Target:
     return _Target(extension.accumulate_row_dots, valid, memory, ("scores", "parts"))
 
 
-# T, K, N, E, R
-_MOLORA_SHAPE = (6, 8, 10, 2, 4)
-_MOLORA_MATRICES = {
-    "x": (6, 8), "a": (4, 8), "b": (10, 4), "router": (3, 8), "y": (6, 10), "dy": (6, 10),
-    "dx": (6, 8),
-}  # fmt: skip
-_MOLORA_VECTORS = {"h": 24, "probs": 18, "dgate": 18, "da": 32, "db": 40, "drouter": 24}
+# K, N, E, R; few tokens have kernels of their own in the forward
+_MOLORA_SIZES = (8, 10, 2, 4)
+_MANY, _FEW = 11, 6
 
 
 # the halves of a seed, the threshold, 1 / (1 - p)
@@ -115,44 +111,54 @@ _DROPOUT = (1, 2, 2**30, 4 / 3)
 
 def _molora(
     function: Callable[..., None],
+    num_tokens: int,
     workspace: int,
     names: str,
     outputs: str,
     code: int,
     dropout: tuple | None,
 ) -> _Target:
-    sizes = {name: rows * columns for name, (rows, columns) in _MOLORA_MATRICES.items()}
-    sizes |= _MOLORA_VECTORS | {"workspace": workspace}
-    memory = {name: _Guarded(sizes[name], torch.float32) for name in names.split()}
-    valid = {"shape": _MOLORA_SHAPE, "scaling": 0.5, "has_base": True, "num_threads": 2}
-    valid["dropout"] = dropout
+    K, N, _, R = _MOLORA_SIZES
+    T, G = num_tokens, 3
+    matrices = {"x": (T, K), "a": (R, K), "b": (N, R), "router": (G, K), "y": (T, N)}
+    matrices |= {"dy": (T, N), "dx": (T, K)}
+    sizes = {name: rows * columns for name, (rows, columns) in matrices.items()}
+    sizes |= {"h": T * R, "probs": T * G, "dgate": T * G, "da": R * K, "db": N * R}
+    sizes |= {"drouter": G * K, "workspace": workspace}
+    memory = {name: _Guarded(sizes[name], torch.float32) for name in names.split() if sizes[name]}
+    valid = {"shape": (T, *_MOLORA_SIZES), "scaling": 0.5, "has_base": True, "num_threads": 2}
+    valid |= {"dropout": dropout} | dict.fromkeys(name for name in names.split())
     for name, guarded in memory.items():
-        last = (_MOLORA_MATRICES[name][1], 1) if name in _MOLORA_MATRICES else (sizes[name],)
+        last = (matrices[name][1], 1) if name in matrices else (sizes[name],)
         valid[name] = (*guarded.place(), code, *last)
-    return _Target(function, valid, memory, tuple(outputs.split()))
-
-
-def molora_forward(extension: ModuleType, dropout: tuple | None = None) -> _Target:
-    size = extension.molora_forward_workspace(_MOLORA_SHAPE, has_dropout=dropout is not None)
-    names, outputs = "x a b router y h probs workspace", "y h probs workspace"
-    return _molora(
-        extension.molora_forward, size, names, outputs, extension.DTYPES["float32"], dropout
+    return _Target(
+        function, valid, memory, tuple(each for each in outputs.split() if each in memory)
     )
+
+
+def molora_forward(
+    extension: ModuleType, dropout: tuple | None = None, num_tokens: int = _MANY
+) -> _Target:
+    shape = (num_tokens, *_MOLORA_SIZES)
+    size = extension.molora_forward_workspace(shape, has_dropout=dropout is not None)
+    names, outputs = "x a b router y h probs workspace", "y h probs workspace"
+    code = extension.DTYPES["float32"]
+    function = extension.molora_forward
+    return _molora(function, num_tokens, size, names, outputs, code, dropout)
 
 
 def molora_backward(extension: ModuleType, dropout: tuple | None = None) -> _Target:
-    size = extension.molora_backward_workspace(_MOLORA_SHAPE)
+    size = extension.molora_backward_workspace((_MANY, *_MOLORA_SIZES))
     names = "dy x a b router h probs dgate dx da db drouter workspace"
     outputs = "dx da db drouter workspace"
-    return _molora(
-        extension.molora_backward, size, names, outputs, extension.DTYPES["float32"], dropout
-    )
+    code = extension.DTYPES["float32"]
+    return _molora(extension.molora_backward, _MANY, size, names, outputs, code, dropout)
 
 
 def main(num_calls: int, seed: int = 0) -> None:
     """Prints, for each function, how many calls were refused and how many were not."""
     extension, generator = compiled.extension(), random.Random(seed)
-    targets = [_row_dots(extension)]
+    targets = [_row_dots(extension), molora_forward(extension, num_tokens=_FEW)]
     for dropout in (None, _DROPOUT):
         targets += [molora_forward(extension, dropout), molora_backward(extension, dropout)]
     for target in targets:

@@ -284,11 +284,15 @@ def test_misaligned_data_and_overlapping_workspace_are_refused(extension: Module
         extension.accumulate_row_dots(**overlapping)
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", ["molora_forward", "molora_backward", "forward_of_few"])
 def test_molora_names_the_tensor_that_is_short_misaligned_or_of_another_dtype(
-    extension: ModuleType, direction: str
+    extension: ModuleType, name: str
 ) -> None:
-    target = getattr(fuzz_extension, f"molora_{direction}")(extension)
+    if name == "forward_of_few":
+        target = fuzz_extension.molora_forward(extension, num_tokens=6)
+        assert "workspace" not in target.memory
+    else:
+        target = getattr(fuzz_extension, name)(extension)
     target.function(**target.valid)
     for name in target.memory:
         short = _changed(target.valid, name, 1, target.valid[name][1] - 1)
@@ -303,7 +307,7 @@ def test_molora_names_the_tensor_that_is_short_misaligned_or_of_another_dtype(
         overlapping = _changed(target.valid, name, 0, target.valid["a"][0])
         with pytest.raises(ValueError, match=r"must not overlap|must stay within"):
             target.function(**overlapping)
-    for name, value in (("shape", (6, 8, 10, 2)), ("scaling", "1"), ("has_base", 1)):
+    for name, value in (("shape", (11, 8, 10, 2)), ("scaling", "1"), ("has_base", 1)):
         with pytest.raises(TypeError, match="incompatible function arguments"):
             target.function(**target.valid | {name: value})
 
@@ -313,7 +317,7 @@ def test_no_wrong_number_crashes_or_writes_elsewhere(extension: ModuleType) -> N
     result = python("import fuzz_extension; fuzz_extension.main(20000)")
     assert result.returncode == 0, f"{result.returncode}: {result.stderr[-2000:]}"
     counts = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
-    assert len(counts) == 5
+    assert len(counts) == 6
     for refused, accepted in counts:
         assert refused > 10000
         assert accepted > 100

@@ -151,10 +151,44 @@ void CheckWithoutDy() {
   }
 }
 
+// y is the same where h and the gates are not wanted.
+void CheckWithoutSaved() {
+  for (const MoloraSizes& sizes : kSizes) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      for (const Variant variant : RunnableVariants()) {
+        for (const std::optional<Dropout>& dropout : {std::optional<Dropout>(), {kDropout}}) {
+          const MoloraCase molora_case{sizes, dtype, dtype, Layout::kRowsApart, true, dropout};
+          MoloraProblem with(molora_case), without(molora_case), probs_alone(molora_case);
+          RunMolora(with.Forward(), variant, 1);
+          MoloraForward forward = without.Forward();
+          forward.h = {}, forward.probs = {};
+          CHECK(Invalid(forward, forward.workspace.size) == "", "h and probs must be given");
+          RunMolora(forward, variant, 2);
+          forward = probs_alone.Forward();
+          forward.h = {};
+          RunMolora(forward, variant, 2);
+          const int64_t num_saved = with.h.rows() * (with.h.columns() + with.probs.columns());
+          CHECK(without.h.NumNan() + without.probs.NumNan() == num_saved, "h or probs written");
+          bool is_same = true;
+          for (int64_t t = 0; t < sizes.num_tokens; ++t) {
+            for (int64_t n = 0; n < sizes.num_out; ++n) {
+              is_same = is_same && without.y.Get(t, n) == with.y.Get(t, n);
+            }
+            for (int64_t g = 0; g < sizes.num_gates(); ++g) {
+              is_same = is_same && probs_alone.probs.Get(t, g) == with.probs.Get(t, g);
+            }
+          }
+          CHECK(is_same, molora_case.Name() + ": other bits without h or probs");
+        }
+      }
+    }
+  }
+}
+
 void CheckRefusals() {
-  MoloraProblem problem({{5, 6, 7, 2, 4}, DType::kBFloat16, DType::kFloat32, Layout::kDense, true});
-  const int64_t num_forward = MoloraForwardWorkspace({5, 6, 7, 2, 4}, false);
-  const int64_t num_backward = MoloraBackwardWorkspace({5, 6, 7, 2, 4});
+  MoloraProblem problem({{9, 6, 7, 2, 4}, DType::kBFloat16, DType::kFloat32, Layout::kDense, true});
+  const int64_t num_forward = MoloraForwardWorkspace({9, 6, 7, 2, 4}, false);
+  const int64_t num_backward = MoloraBackwardWorkspace({9, 6, 7, 2, 4});
   const auto refuses_forward = [&](const std::string& name, const auto& change) {
     MoloraForward forward = problem.Forward();
     change(&forward);
@@ -165,12 +199,14 @@ void CheckRefusals() {
   refuses_forward("shape: num_experts", [](auto* f) { f->sizes.num_experts = 3; });
   refuses_forward("shape: stacked_rank", [](auto* f) { f->sizes.stacked_rank = 130; });
   refuses_forward("dropout: 1 / (1 - p)", [](auto* f) { f->dropout = {1, 2, 3, 0.5f}; });
-  refuses_forward("x: dtype", [](auto* f) { f->x.dtype = DType::kFloat32; });
+  refuses_forward("x: dtype", [](auto* f) { f->x.dtype = DType::kFloat16; });
+  refuses_forward("y: dtype", [](auto* f) { f->y.dtype = DType::kFloat32; });
+  refuses_forward("h: dtype", [](auto* f) { f->h.dtype = DType::kFloat32; });
   refuses_forward("a: dtype", [](auto* f) { f->a.dtype = DType::kFloat16; });
   refuses_forward("router: shape and strides", [](auto* f) { f->router.row_stride = 7; });
   refuses_forward("y: rows must be contiguous", [](auto* f) { f->y.column_stride = 0; });
   refuses_forward("y: rows must be contiguous", [](auto* f) { f->y.row_stride = 6; });
-  refuses_forward("h: must have", [](auto* f) { f->h.size = 19; });
+  refuses_forward("h: must have", [](auto* f) { f->h.size = 35; });
   refuses_forward("y: must not overlap x", [](auto* f) { f->x.data = f->y.data; });
   refuses_forward("workspace: must have", [](auto* f) { --f->workspace.size; });
   const auto refuses_backward = [&](const std::string& name, const auto& change) {
@@ -196,6 +232,7 @@ int main() {
   citi::CheckSubsets(citi::kDropout);
   citi::CheckDropout();
   citi::CheckWithoutDy();
+  citi::CheckWithoutSaved();
   citi::CheckRefusals();
   return citi::Report();
 }
