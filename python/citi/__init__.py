@@ -23,6 +23,7 @@ _HOMES = {
     "citi.components": ("Component", "SkippedModule", "find_components"),
     "citi.data": ("Collator", "DataError", "RenderedDataset", "Sample", "mix", "read_samples"),
     "citi.evaluation": ("EvalResult", "EvalSettings", "comparison_table", "evaluate"),
+    "citi.export": ("ExportResult", "convert_to_lora", "export_run", "mean_gates"),
     "citi.fingerprint": ("model_fingerprint",),
     "citi.importance": (
         "BatchCounts",
@@ -40,10 +41,11 @@ _HOMES = {
     "citi.run_directory": ("RunDirectory", "RunError"),
     "citi.stages": ("STAGES", "Stage", "apply_stage"),
     "citi.trainer": ("CitiTrainer", "RouterLossMixin", "TrainingError"),
+    "citi.verify": ("Finding", "verify_run"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = [
     "AdapterError",
     "MoLoraConfig",

@@ -34,6 +34,7 @@ base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/of/this/folder")
 ```
 It needs `pip install citi-kernels`, and cannot be merged: its gates depend on the token.
+`citi export` makes a LoRA, or plain weights, of it, with fixed gates.
 """
 
 

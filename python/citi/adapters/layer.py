@@ -26,7 +26,8 @@ from citi_kernels.layers.molora_linear import (
 MERGE_REFUSED = (
     "a MOLoRA adapter cannot be merged: its gates depend on the token, so no single weight equals "
     "it. Keep it as an adapter (save_pretrained and PeftModel.from_pretrained), switch it off with "
-    "disable_adapter(), or take it off with unload()"
+    "disable_adapter(), take it off with unload(), or fix its gates (citi.convert_to_lora, "
+    "`citi export`)"
 )
 
 

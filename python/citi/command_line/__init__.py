@@ -18,10 +18,12 @@ from citi.command_line import (
     demo,
     doctor,
     evaluate,
+    export,
     importance,
     init,
     report,
     train,
+    verify,
 )
 from citi.command_line.failures import GuardedGroup, set_debug
 
@@ -71,6 +73,8 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("report")(report.report)
+app.command("export")(export.export)
+app.command("verify")(verify.verify)
 
 
 def main() -> None:
