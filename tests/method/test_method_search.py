@@ -53,11 +53,11 @@ def test_a_finished_candidate_is_not_trained_again_and_a_diverged_one_never_wins
         rate_search, "validation_nll", lambda measuring, files: 3.0 - len(calls) / 10
     )
     rates, tried = search(pattern, load_row("citi"), tmp_path / "search")
-    assert rates == dict(load_row("citi").rates[2])
+    assert rates == dict(load_row("citi").rates[-1])
     assert tried[0]["diverged"]
     again = search(pattern, load_row("without_rp"), tmp_path / "search")
     assert again == (rates, tried)
-    assert len(calls) == 3, "the ablations of CITI take CITI's search"
+    assert len(calls) == len(load_row("citi").rates), "the ablations of CITI take CITI's search"
     file = next((tmp_path / "search" / "citi").glob("*.json"))
     assert json.loads(file.read_text())["format"] == rate_search.FORMAT
 
@@ -72,7 +72,9 @@ def test_validation_is_of_what_the_row_trains_on(pattern, tmp_path: Path, monkey
         return 1.0
 
     monkeypatch.setattr(rate_search, "validation_nll", remember)
-    for name in ("ft", "dm", "citi"):
-        search(pattern, load_row(name), tmp_path / name)
     general = {"math", "knowledge", "code", "instruct"}
-    assert [seen[0], seen[3], seen[6]] == [{"api_bank"}, general, {"api_bank"} | general]
+    files_of = {"ft": {"api_bank"}, "dm": general, "citi": {"api_bank"} | general}
+    for name, files in files_of.items():
+        seen.clear()
+        search(pattern, load_row(name), tmp_path / name)
+        assert seen == [files] * len(load_row(name).rates)
