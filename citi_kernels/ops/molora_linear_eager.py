@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from citi_kernels import backends
 from citi_kernels.ops.autocast import without_autocast
-from citi_kernels.ops.molora_linear_checks import check, check_values
 from citi_kernels.ops.molora_linear_contract import Operands, Saved, Settings, forward_only
-from citi_kernels.ops.molora_linear_op import checked_forward, keep, needs_of, run_gradients
+from citi_kernels.ops.molora_linear_op import (
+    checked_backend,
+    checked_forward,
+    keep,
+    needs_of,
+    run_gradients,
+)
 
 
 def is_plain_eager(*tensors: Tensor | None) -> bool:
@@ -43,10 +47,9 @@ def run_eager(operands: Operands, settings: Settings, backend: str) -> tuple[Ten
     """y (T, N) and the gate sums (B, G), None without segments."""
     if wants_gradient(*operands):
         return EagerMoLoRALinear.apply(*operands, settings, backend)
-    check(operands, settings)
-    check_values(settings)
+    run = checked_backend(operands, settings, backend)
     with without_autocast(operands.x):
-        return forward_only(backends.find("molora_linear", backend), operands, settings)
+        return forward_only(run, operands, settings)
 
 
 class EagerMoLoRALinear(torch.autograd.Function):

@@ -77,16 +77,14 @@ def _run_forward(
     """y; fills h and probs."""
     x_TK, weight_NK, bias_N, a_RK, b_NR, router_GK = operands
     x_TK = x_TK.contiguous()
-    num_tokens, num_in = x_TK.shape
-    num_out, stacked_rank = b_NR.shape
     if weight_NK is None:
-        y_TN = x_TK.new_empty(num_tokens, num_out)
+        y_TN = x_TK.new_empty(x_TK.shape[0], b_NR.shape[0])
     else:
         y_TN = F.linear(x_TK, weight_NK, bias_N)
     # names of ours keep these alive during the call
     a_RK, b_NR, router_GK = _readable(a_RK, b_NR, router_GK, dtype=x_TK.dtype)
     extension, matrix = compiled.extension(), compiled.matrix
-    shape = num_tokens, num_in, num_out, settings.num_experts, stacked_rank
+    shape = _shape(x_TK.shape[0], a_RK, b_NR, settings)
     dropout = definition.dropout_numbers(settings.dropout_p, settings.dropout_seed)
     size = extension.molora_forward_workspace(shape, has_dropout=dropout is not None)
     workspace = x_TK.new_empty(size, dtype=torch.float32) if size else None
@@ -149,7 +147,7 @@ def backward(
         # the padded row of zeros is the last, where an index of -1 points
         dgate_TG = F.pad(dgate_sums_BG, (0, 0, 0, 1))[settings.segment_ids]
     a_RK, b_NR, router_GK = _readable(a_RK, b_NR, router_GK, dtype=dtype)
-    extension, shape = compiled.extension(), _shape(saved, a_RK, b_NR, settings)
+    extension, shape = compiled.extension(), _shape(saved.h.shape[0], a_RK, b_NR, settings)
     workspace = saved.probs.new_empty(extension.molora_backward_workspace(shape))
     needs_x = needs.a or needs.router
     extension.molora_backward(
@@ -191,9 +189,9 @@ def _empty_probs(x_TK: Tensor, settings: Settings) -> Tensor:
     return x_TK.new_empty(x_TK.shape[0], settings.num_experts + 1, dtype=torch.float32)
 
 
-def _shape(saved: Saved, a_RK: Tensor, b_NR: Tensor, settings: Settings) -> tuple[int, ...]:
+def _shape(num_tokens: int, a_RK: Tensor, b_NR: Tensor, settings: Settings) -> tuple[int, ...]:
     stacked_rank, num_in = a_RK.shape
-    return saved.h.shape[0], num_in, b_NR.shape[0], settings.num_experts, stacked_rank
+    return num_tokens, num_in, b_NR.shape[0], settings.num_experts, stacked_rank
 
 
 def _readable(*parameters: Tensor, dtype: torch.dtype) -> list[Tensor]:

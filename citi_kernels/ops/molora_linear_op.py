@@ -59,11 +59,16 @@ def _run_forward(
 def checked_forward(
     operands: Operands, settings: Settings, backend: str
 ) -> tuple[Tensor, Saved, Tensor | None]:
-    check(operands, settings)
-    check_values(settings)
-    run = backends.find("molora_linear", backend)
+    run = checked_backend(operands, settings, backend)
     with without_autocast(operands.x):
         return run.forward(operands, settings)
+
+
+def checked_backend(operands: Operands, settings: Settings, backend: str) -> Any:
+    """What runs the forward, after the checks of its arguments."""
+    check(operands, settings)
+    check_values(settings)
+    return backends.find("molora_linear", backend)
 
 
 molora_linear_op = torch.library.custom_op("citi::molora_linear", _run_forward, mutates_args=())

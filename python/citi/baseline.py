@@ -17,7 +17,7 @@ from torch import nn
 
 from citi.base_model import load_base
 from citi.data import Collator, RenderedDataset
-from citi.durable import recover_directory, replace_directory
+from citi.durable import directory_in_one_step, recover_directory
 from citi.observer import RunObserver
 from citi.recipe import Recipe
 from citi.run import read_training_samples
@@ -240,11 +240,9 @@ class _BaselineRun:
         if not self.is_full:
             save_adapter(model, target, self.recipe.model, tokenizer)
             return
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(str(unfinished))
-        tokenizer.save_pretrained(str(unfinished))
-        replace_directory(unfinished, target)
+        with directory_in_one_step(target) as unfinished:
+            model.save_pretrained(str(unfinished))
+            tokenizer.save_pretrained(str(unfinished))
 
 
 def _lower(model: nn.Module, dtype: torch.dtype) -> None:

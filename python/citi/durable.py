@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 _WAYS_OUT = {
@@ -133,6 +134,26 @@ def replace_directory(source: str | Path, target: str | Path) -> None:
             _discard(previous)
     except OSError as error:
         raise WriteError(target, error) from error
+
+
+@contextlib.contextmanager
+def directory_in_one_step(target: str | Path) -> Iterator[Path]:
+    """A path beside `target` to write a directory at, which takes its place when the block ends.
+
+    Where the block raises, `target` stays as it was.
+
+    Raises: as `replace_directory`.
+    """
+    target = Path(target)
+    unfinished = unfinished_of(target)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    replace_directory(unfinished, target)
+
+
+def unfinished_of(target: Path) -> Path:
+    """Where `directory_in_one_step` lets a directory be written."""
+    return target.with_name(f".{target.name}.unfinished")
 
 
 def recover_directory(target: str | Path) -> bool:

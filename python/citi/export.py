@@ -14,8 +14,7 @@ Legend: K in-features, N out-features, E experts, r rank, R = E * r, G = E + 1 g
 
 from __future__ import annotations
 
-import copy
-import shutil
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +28,19 @@ from transformers.pytorch_utils import Conv1D
 
 from citi.adapters.layer import MoLoraLayer
 from citi.data import Sample, read_samples
-from citi.durable import check_writable, replace_directory, write_json, write_text
+from citi.durable import (
+    check_writable,
+    directory_in_one_step,
+    unfinished_of,
+    write_json,
+    write_text,
+)
 from citi.evaluation import answer_nll
 from citi.gates import collect_gates
 from citi.observer import RunObserver
 from citi.recipe import Recipe
 from citi.run_directory import RunDirectory, RunError
-from citi.run_evaluation import evaluation_sets
+from citi.run_evaluation import SampleSets, evaluation_sets
 from citi.run_model import load_run
 
 FORMS = ("lora", "hf")
@@ -113,11 +118,18 @@ def export_run(
     _check_target(target)
     model, tokenizer = load_run(path)
     observer.line("mean gates, and what fixing them costs")
+    training = _by_title(*_training_sets(recipe, num_samples))
     means = mean_gates(
-        model, tokenizer, _training_samples(recipe, num_samples), gates, observer=observer
+        model,
+        tokenizer,
+        list(itertools.chain(*training.values())),
+        gates,
+        max_length=recipe.max_length,
+        observer=observer,
     )
-    sets, is_held_out = _measured_sets(recipe, num_samples)
-    measure = _Measure(tokenizer, sets, recipe, observer)
+    held_out = _by_title(*evaluation_sets(recipe))
+    cut = {title: samples[:num_samples] for title, samples in held_out.items()}
+    measure = _Measure(tokenizer, cut or training, recipe, observer)
     with model.disable_adapter():
         measure("base", model)
     measure("tuned", model)
@@ -125,7 +137,7 @@ def export_run(
     if to == "hf":
         exported = exported.merge_and_unload()
     measure("exported", exported.eval())
-    result = ExportResult(target, measure.answer_nll, is_held_out)
+    result = ExportResult(target, measure.answer_nll, is_held_out=bool(held_out))
     _save(exported, tokenizer, result, recipe=recipe, to=to, gates=gates)
     return result
 
@@ -160,10 +172,11 @@ def mean_gates(
     absent = [each for each in kinds if not summary.num_tokens[each]]
     if absent:
         raise ValueError(f"samples: wanted some of {' and '.join(absent)} data, got none")
-    return {
-        name: tuple(sum(of_kind) / len(kinds) for of_kind in zip(*map(by_kind.get, kinds)))  # noqa: B905
-        for name, by_kind in summary.layers.items()
-    }
+    means = {}
+    for name, by_kind in summary.layers.items():
+        chosen = [by_kind[each] for each in kinds]
+        means[name] = tuple(sum(gate) / len(kinds) for gate in zip(*chosen, strict=True))
+    return means
 
 
 def convert_to_lora(model: PeftModel, gates: Mapping[str, Sequence[float]]) -> PeftModel:
@@ -187,7 +200,7 @@ def convert_to_lora(model: PeftModel, gates: Mapping[str, Sequence[float]]) -> P
         for name, layer in _modules(model, MoLoraLayer).items()
     }
     whole = {
-        name: copy.deepcopy(wrapper.modules_to_save[adapter].state_dict())
+        name: wrapper.modules_to_save[adapter].state_dict()
         for name, wrapper in _modules(model, ModulesToSaveWrapper).items()
     }
     base = model.unload()
@@ -266,48 +279,37 @@ class _Measure:
             self.answer_nll[title][name] = likelihood.mean
 
 
-def _training_samples(recipe: Recipe, num_samples: int) -> list[Sample]:
-    kinds = ((recipe.tool, 1), (recipe.general, 0))
-    return [
-        sample
-        for files, task_type in kinds
-        for file in files.values()
-        for sample in read_samples(
-            file, task_type=task_type, max_samples=num_samples, seed=recipe.seed
-        )
-    ]
+def _training_sets(recipe: Recipe, num_samples: int) -> tuple[SampleSets, SampleSets]:
+    """Tool sets and general sets by name, so many samples of each file."""
+    limit = {"max_samples": num_samples, "seed": recipe.seed}
+    return (
+        {name: read_samples(file, task_type=1, **limit) for name, file in recipe.tool.items()},
+        {name: read_samples(file, task_type=0, **limit) for name, file in recipe.general.items()},
+    )
 
 
-def _measured_sets(recipe: Recipe, num_samples: int) -> tuple[dict[str, list[Sample]], bool]:
-    """Held-out sets, or, without any, those that were trained on."""
-    tool, general = evaluation_sets(recipe)
-    held_out = {name: list(samples[:num_samples]) for name, samples in {**tool, **general}.items()}
-    if held_out:
-        return held_out, True
-    files = {name: (file, 1) for name, file in recipe.tool.items()}
-    files |= {name: (file, 0) for name, file in recipe.general.items()}
+def _by_title(tool: SampleSets, general: SampleSets) -> dict[str, Sequence[Sample]]:
+    """All sets; a name that stands in both lists says which."""
+    both = tool.keys() & general.keys()
     return {
-        name: read_samples(file, task_type=task_type, max_samples=num_samples, seed=recipe.seed)
-        for name, (file, task_type) in files.items()
-    }, False
+        f"{name} ({kind})" if name in both else name: samples
+        for kind, sets in (("tool", tool), ("general", general))
+        for name, samples in sets.items()
+    }
 
 
 def _save(
     exported: Any, tokenizer: Any, result: ExportResult, *, recipe: Recipe, to: str, gates: str
 ) -> None:
     """Model, tokenizer, card and measurement, in one step."""
-    target = result.directory
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
     options = {"save_embedding_layers": False} if to == "lora" else {}
-    exported.save_pretrained(str(unfinished), **options)
-    tokenizer.save_pretrained(str(unfinished))
     card = _MODEL_CARD.format(base=recipe.model, form=_FORM_WORDS[to], gates=_GATE_WORDS[gates])
-    write_text(unfinished / "README.md", card)
     content = {"format": 1, "to": to, "gates": gates, "is_held_out": result.is_held_out}
-    write_json(unfinished / RESULT_FILE, content | {"answer_nll": result.answer_nll})
-    replace_directory(unfinished, target)
+    with directory_in_one_step(result.directory) as unfinished:
+        exported.save_pretrained(str(unfinished), **options)
+        tokenizer.save_pretrained(str(unfinished))
+        write_text(unfinished / "README.md", card)
+        write_json(unfinished / RESULT_FILE, content | {"answer_nll": result.answer_nll})
 
 
 def _check_target(target: Path) -> None:
@@ -317,7 +319,7 @@ def _check_target(target: Path) -> None:
             f"output: {target} holds something else than an export; give another folder, or remove "
             "this one"
         )
-    check_writable(target.parent / f".{target.name}.unfinished")
+    check_writable(unfinished_of(target))
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

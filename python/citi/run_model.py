@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from citi.adapters import MoLoraConfig
 from citi.base_model import load_base
-from citi.durable import replace_directory, write_text
+from citi.durable import directory_in_one_step, write_text
 from citi.plan import Plan
 from citi.recipe import Recipe
 from citi.run_directory import RunDirectory, RunError
@@ -109,14 +108,12 @@ class RunModel:
 
 def save_adapter(model: PeftModel, target: Path, base: str, tokenizer: Any | None = None) -> None:
     """Write a PEFT directory, and the tokenizer with its chat template, in one step."""
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(str(unfinished), save_embedding_layers=False)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(unfinished))
-    if next(iter(model.peft_config.values())).peft_type == "MOLORA":
-        write_text(unfinished / "README.md", _MODEL_CARD.format(base=base))
-    replace_directory(unfinished, target)
+    with directory_in_one_step(target) as unfinished:
+        model.save_pretrained(str(unfinished), save_embedding_layers=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(unfinished))
+        if next(iter(model.peft_config.values())).peft_type == "MOLORA":
+            write_text(unfinished / "README.md", _MODEL_CARD.format(base=base))
 
 
 def load_run(path: str | Path) -> tuple[PeftModel, Any]:

@@ -23,7 +23,7 @@ from citi.recipe import Recipe
 from citi.report import read_results
 from citi.run_directory import RunDirectory
 from citi.run_model import load_run
-from citi.stages import STAGES
+from citi.stages import STAGES, Stage
 
 _PHASES = ("env", "importance", "plan", *(stage.name for stage in STAGES), "adapter", "eval")
 
@@ -120,7 +120,7 @@ class _Look:
         if make_plan(scores, **shares) != plan:
             raise ValueError(f"{self.run.plan_file.name} is not what the scores and shares give")
 
-    def at_stage(self, stage) -> str | None:
+    def at_stage(self, stage: Stage) -> str | None:
         return _look_at_adapter(self.run.stage(stage))
 
     def at_adapter(self) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -16,9 +18,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from citi.adapters import MoLoraLayer
+from citi.command_line import export as command
 from citi.components import find_components
 from citi.data import Message, Sample
-from citi.export import ExportResult, convert_to_lora, export_run, mean_gates
+from citi.export import (
+    FORMS,
+    GATES,
+    ExportResult,
+    convert_to_lora,
+    export_run,
+    mean_gates,
+)
 from citi.gates import collect_gates
 from citi.run import train
 from citi.run_directory import RunDirectory, RunError
@@ -34,6 +44,15 @@ SAMPLES = [
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=TOKENS).logits
+
+
+def names_of(model: nn.Module) -> list[str]:
+    """The components with MOLoRA."""
+    return [
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if isinstance(module, MoLoraLayer)
+    ]
 
 
 def with_equal_gates(architecture: str) -> PeftModel:
@@ -56,12 +75,7 @@ def test_where_gates_are_the_same_for_all_tokens_the_lora_and_its_merge_are_exac
     wanted = logits(model)
     with model.disable_adapter():
         assert not torch.allclose(logits(model), wanted, atol=1e-3)
-    names = [
-        name.removeprefix("base_model.model.")
-        for name, module in model.named_modules()
-        if isinstance(module, MoLoraLayer)
-    ]
-    lora = convert_to_lora(model, dict.fromkeys(names, (0.25,) * 4))
+    lora = convert_to_lora(model, dict.fromkeys(names_of(model), (0.25,) * 4))
     config = lora.peft_config["default"]
     assert (config.r, config.lora_alpha) == (6, 15)
     torch.testing.assert_close(logits(lora), wanted, rtol=1e-4, atol=1e-5)
@@ -74,7 +88,7 @@ def test_each_expert_has_its_own_gate() -> None:
     model = adapted_model(num_experts=2, r=4, num_unimportant=0)
     layers = [module for module in model.modules() if isinstance(module, MoLoraLayer)]
     factors = [(m.molora_A["default"].detach(), m.molora_B["default"].detach()) for m in layers]
-    names = [name.removeprefix("base_model.model.") for name in _names(model)]
+    names = names_of(model)
     lora = convert_to_lora(model, dict.fromkeys(names, (0.2, 0.3, 0.5)))
     for name, (a, b) in zip(names, factors, strict=True):
         layer = lora.base_model.model.get_submodule(name)
@@ -82,10 +96,6 @@ def test_each_expert_has_its_own_gate() -> None:
         ours = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
         assert layer.scaling["default"] == 2 / 4
-
-
-def _names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, MoLoraLayer)]
 
 
 def test_mean_gates_of_both_kinds_count_each_as_much() -> None:
@@ -116,12 +126,9 @@ def test_gates_that_do_not_fit_and_other_adapters_are_refused_before_anything_is
     with pytest.raises(ValueError, match=r"gates: wanted 3 of model\.layers\S+, got none"):
         convert_to_lora(model, {})
     with pytest.raises(ValueError, match=r"gates: wanted 3 of model\.layers\S+, got 2"):
-        convert_to_lora(
-            model, {name.removeprefix("base_model.model."): (0.5, 0.5) for name in _names(model)}
-        )
+        convert_to_lora(model, dict.fromkeys(names_of(model), (0.5, 0.5)))
     assert torch.equal(logits(model), before)
-    names = [name.removeprefix("base_model.model.") for name in _names(model)]
-    lora = convert_to_lora(model, dict.fromkeys(names, (0.2, 0.4, 0.4)))
+    lora = convert_to_lora(model, dict.fromkeys(names_of(model), (0.2, 0.4, 0.4)))
     with pytest.raises(ValueError, match="model: wanted one with a MOLoRA adapter, got"):
         convert_to_lora(lora, {})
 
@@ -206,11 +213,23 @@ def test_somebody_elses_folder_and_unknown_words_are_refused_at_once(
 def test_a_result_shows_held_out_data_by_name() -> None:
     from rich.console import Console
 
-    from citi.command_line.export import cost_table
-
     nll = {"api": {"base": 2.0, "tuned": 0.5, "exported": 0.75}}
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(cost_table(ExportResult(Path("x"), nll, True)))
-    text = console.export_text()
+    console = Console(width=100, file=io.StringIO())
+    console.print(command.cost_table(ExportResult(Path("x"), nll, True)))
+    text = console.file.getvalue()
     assert "answer NLL on held-out data" in text
     assert "0.750  (+0.250)" in text
+
+
+def test_the_commands_words_are_those_of_the_python_call() -> None:
+    assert (tuple(command.Form), tuple(command.Gates)) == (FORMS, GATES)
+
+
+def test_two_sets_of_one_name_are_both_measured(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    files = {"train": recipe.tool["tool"]}, {"train": recipe.general["math"]}
+    recipe = dataclasses.replace(recipe, tool=files[0], general=files[1])
+    with without_figures():
+        run = train(recipe)
+    result = export_run(run.path, "lora", num_samples=2)
+    assert list(result.answer_nll) == ["train (tool)", "train (general)"]

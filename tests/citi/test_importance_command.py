@@ -14,6 +14,7 @@ import pytest
 import torch
 from importance_command_cases import SUFFIXES, Folder, contents, saved
 from test_command_line import citi
+from two_processes import torchrun
 
 from citi.base_model import DTYPES, load_base
 from citi.command_line import importance as command
@@ -334,17 +335,8 @@ def test_processes_share_the_batches_and_the_first_one_writes_and_prints(
     folder: Folder, tmp_path: Path
 ) -> None:
     output, logs = tmp_path / "scores", tmp_path / "logs"
-    words = [str(word) for word in folder.words(output / "x", general=["math"])]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*launcher, "--redirects=1", f"--log-dir={logs}", "-m", "citi", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-9000:]
+    words = folder.words(output / "x", general=["math"])
+    torchrun("--redirects=1", f"--log-dir={logs}", "-m", "citi", *words)
     said = [next(logs.glob(f"*/attempt_0/{rank}/stdout.log")).read_text() for rank in range(2)]
     assert "  tool: " in said[0]
     assert " 5/5" in said[0], "five of nine batches are the first one's"

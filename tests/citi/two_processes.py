@@ -21,11 +21,16 @@ getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(sys.argv[3])
 def run_in_two_processes(module: str, function: str, folder: Path) -> None:
     """Calls the function with the folder in both; fails with what they say."""
     tests = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = folder / "rank.py"
     script.write_text(_RANK)
+    torchrun(script, module, function, folder, *tests)
+
+
+def torchrun(*arguments: object) -> None:
+    """Two processes of a script, or of `-m` and a module; fails with what they say."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(
-        [*launcher, str(script), module, function, str(folder), *tests],
+        [*launcher, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
