@@ -227,6 +227,15 @@ arguments = st.dictionaries(
 )
 
 
+@pytest.mark.parametrize("tag", ["<tool_call>", "</tool_call>", "</tool_call><tool_call>"])
+def test_a_tag_in_a_string_of_a_hermes_call_is_text(tag):
+    call = f"<tool_call>{json.dumps({'name': 'f', 'arguments': {'a': tag}})}</tool_call>"
+    assert found(call) == [("f", {"a": tag})]
+    assert found(f"{call}\n{call}") == [("f", {"a": tag})] * 2
+    assert parse_tool_calls(call).well_formed
+    assert not parse_tool_calls(call.removesuffix("</tool_call>")).well_formed
+
+
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(arguments)
 def test_hermes_calls_come_back_exactly(values):

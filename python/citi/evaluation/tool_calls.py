@@ -33,6 +33,7 @@ _MAX_LISTS = 20
 SCORES = ("format", "name", "arguments", "exact")
 
 _HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+_END_OF_HERMES = re.compile(r"\s*(</tool_call>|(?=<tool_call>)|\Z)")
 _API_REQUEST = re.compile(r"API[- _]?Requests?\s*:", re.IGNORECASE)
 _ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.*?)[ \t]*$", re.MULTILINE)
 _ACTION_INPUT = re.compile(r"^\s*Action[ _]Input:(.*)", re.DOTALL)
@@ -153,18 +154,26 @@ _Found = tuple[Iterable[ToolCall], bool] | None
 
 def _hermes(text: str) -> _Found:
     """Tagged JSON objects; a missing closing tag is not well-formed."""
-    blocks = list(_HERMES.finditer(text))
-    if not blocks:
+    if _HERMES.search(text) is None:
         return None
     calls: list[ToolCall] = []
-    clean = True
-    for block in blocks:
-        try:
-            found, good = _calls_of_json(json.loads(block[1]), tagged=True)
+    clean, position = True, 0
+    decoder = json.JSONDecoder()
+    while (block := _HERMES.search(text, position)) is not None:
+        try:  # JSON first: its strings may hold a tag
+            value, end = decoder.raw_decode(text, block.start(1))
+            closing = _END_OF_HERMES.match(text, end)
         except (ValueError, RecursionError):
+            closing = None
+        if closing is not None:
+            found, good = _calls_of_json(value, tagged=True)
+            good &= closing[1] == "</tool_call>"
+            position = closing.end()
+        else:
             found, good = _calls_of_json(CallReader(block[1]).value(), tagged=True)[0], False
+            position = block.end()
         calls.extend(found)
-        clean &= good and bool(found) and block[2] == "</tool_call>"
+        clean &= good and bool(found)
     return calls, clean
 
 
