@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.method.bootstrap import Estimate
 from benchmarks.method.data_sets import EVALUATION
 from benchmarks.method.paper import MODEL, PAPER
-from benchmarks.method.row_config import CONTROL, ROWS, load_row
+from benchmarks.method.row_config import CONTROL, ROWS, TRIALS, load_row
 from benchmarks.method.row_result import load_results
 from benchmarks.method.scale import SCALES
 from benchmarks.method.summary import (
@@ -84,7 +84,7 @@ def filled_readme(text: str, folder: Path) -> str:
 def _short_lines(rows: Mapping[str, RowSummary]) -> list[str]:
     """The rows that are measured: tool calls, and what became of the rest."""
     lines = []
-    for name in filter(rows.__contains__, ROWS):
+    for name in filter(rows.__contains__, ROWS + TRIALS):
         row, change = rows[name], _general_change(rows, rows[name])
         calls = [_share(row.pooled(sets, "exact")) for sets in (API_BANK, UNSEEN)]
         calls.append(_NOTHING if change is None else _signed(change))
@@ -95,7 +95,7 @@ def _short_lines(rows: Mapping[str, RowSummary]) -> list[str]:
 
 def _rows_section() -> str:
     lines = ["## Rows", "", *_table(["row", "seeds", "what it is"], [])]
-    for row in map(load_row, ROWS):
+    for row in map(load_row, ROWS + TRIALS):
         lines.append(_line([row.title, str(row.seeds), row.description]))
     return "\n".join([*lines, ""])
 
@@ -261,9 +261,9 @@ def _seconds(row: RowSummary) -> tuple[list[float], list[float]]:
 
 
 def _row_table(header: list[str], rows: Mapping[str, RowSummary], cells: Cells) -> list[str]:
-    """One line a row; a row without a result says so."""
+    """One line a row; a row without a result says so, a trial without one is left out."""
     lines = []
-    for name in ROWS:
+    for name in (*ROWS, *filter(rows.__contains__, TRIALS)):
         blank = [NOT_MEASURED, *[_NOTHING] * (len(header) - 1)]
         lines.append([load_row(name).title, *(cells(name, rows[name]) if name in rows else blank)])
     return _table(["row", *header], lines)

@@ -24,6 +24,8 @@ ROWS = (
     "without_rp",
     "citi",
 )
+# other settings of CITI; they run when they are asked for by name
+TRIALS = ("citi_kl", "citi_wide", "citi_long")
 CONTROL = "dm"
 METHODS = ("none", "full", "lora", "citi")
 DATA = ("tool", "mix", "general")
@@ -104,7 +106,7 @@ def load_row(name: str) -> RowConfig:
     """
     path = _FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise RowConfigError(f"no row {name!r}; the rows are {', '.join(ROWS)}")
+        raise RowConfigError(f"no row {name!r}; the rows are {', '.join(ROWS + TRIALS)}")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     known = {spec.name for spec in dataclasses.fields(RowConfig)} - {"name"}
     if not isinstance(content, dict) or set(content) - known:

@@ -16,7 +16,7 @@ from benchmarks.method.measures import Measuring, measure_sets
 from benchmarks.method.parallel import ParallelError, run_parallel
 from benchmarks.method.rate_search import search_rates
 from benchmarks.method.repeatable import make_repeatable
-from benchmarks.method.row_config import ROWS, RowConfig, RowConfigError, load_row
+from benchmarks.method.row_config import ROWS, TRIALS, RowConfig, RowConfigError, load_row
 from benchmarks.method.row_result import RowResult
 from benchmarks.method.scale import SCALES, Scale
 from benchmarks.method.train_row import Assignment, train_row
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.method", description=__doc__)
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=ROWS + TRIALS, default=ROWS, metavar="ROW")
     parser.add_argument("--seeds", type=int, help="at most so many of each row")
     parser.add_argument("--jobs", type=int, default=1, help="rows at the same time (default: 1)")
     parser.add_argument(

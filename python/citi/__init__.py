@@ -45,7 +45,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 __all__ = [
     "AdapterError",
     "MoLoraConfig",

@@ -82,6 +82,9 @@ class Recipe:
     router_loss: str = _key("cv2", "form of the router loss", choices=("cv2", "dispersion"))
     router_loss_weight: float = _key(0.01, "its weight in the total loss", low=0.0)
     delta: float = _key(0.95, "how far tool and general samples are pulled apart", low=0.0, high=1)
+    base_kl_weight: float = _key(
+        0.0, "weight of the KL divergence from the base on general answers; 0: none", low=0.0
+    )
     tool_samples: int | None = _key(None, "samples taken of each tool file; null: all", low=1)
     general_samples: int | None = _key(5000, "samples taken of each general file; null: all", low=0)
     max_length: int = _key(4096, "longest sample in tokens", low=8)

@@ -1,4 +1,4 @@
-"""The router loss for any Trainer.
+"""The router loss, and the divergence from the base, for any Trainer.
 
 How the parts of the loss are scaled (read in transformers 5.23, `Trainer.training_step`,
 `Trainer.compute_loss` and `_get_num_items_in_batch`; the same in 5.17):
@@ -14,10 +14,14 @@ The router loss is added after `super().compute_loss`, so that the process count
 it, and is divided by the window's micro-batches exactly when the Trainer will not do so. By its
 definition (arXiv 2409.13202, eq. 8 and 9) it pools the samples of one micro-batch on one process;
 the window's router loss is the mean over its micro-batches and processes.
+
+The divergence from the base (`citi.base_kl`) is a sum over tokens, as cross entropy is, and is
+scaled as that is: it does not depend on the split into micro-batches either.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import citi_kernels
-
-IGNORED_LABEL = -100
+from citi.base_kl import IGNORED_LABEL, BaseAnswers, base_answers, refuse_without_adapters
 
 
 class RouterLossMixin:
@@ -35,21 +38,26 @@ class RouterLossMixin:
     ::
 
         loss = super().compute_loss(...) + router_loss_weight * sum over layers of router_loss
+               + base_kl_weight * KL to the base model, on answers of general samples
 
     Batches carry `task_types` (B,), 1 tool and 0 general, besides what the model takes; rows are
     samples, so packed and padding-free batches are refused. Evaluation needs no task types and its
     loss is the cross entropy alone. Each log line gets `ce_loss`, `router_loss` (before its
-    weight) and the mean backbone gate over layers and tokens, `backbone_gate_tool` and
-    `backbone_gate_general`; the values stay on the device until then.
+    weight), the mean backbone gate over layers and tokens, `backbone_gate_tool` and
+    `backbone_gate_general`, and with a `base_kl_weight` `base_kl`, the mean over the answer tokens
+    of general samples; the values stay on the device until then.
 
     Args:
         router_loss_weight: β; 0 leaves the loss out and makes task types optional.
         router_loss: "cv2" or "dispersion", see `citi_kernels.router_loss`.
         delta: δ of the importance vectors.
+        base_kl_weight: Weight of the divergence from the base, see `citi.base_kl`; 0 leaves it out,
+            and its second forward with it.
         *args, **kwargs: The Trainer's own.
     Raises:
         ValueError: In training, `task_types` is missing or its length is not the number of rows;
-            or no MOLoRA layer took part, so that the loss would be dead; or DataParallel is on.
+            or no MOLoRA layer took part, so that the loss would be dead; or DataParallel is on; or
+            base_kl_weight is set and the model has no adapters.
     """
 
     def __init__(
@@ -58,11 +66,13 @@ class RouterLossMixin:
         router_loss_weight: float = 0.01,
         router_loss: str = "cv2",
         delta: float = 0.95,
+        base_kl_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self.router_loss_weight = router_loss_weight
         self.router_loss_kind = router_loss
         self.router_loss_delta = delta
+        self.base_kl_weight = base_kl_weight
         self._window = _LogWindow()
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
@@ -70,6 +80,8 @@ class RouterLossMixin:
                 f"the routing context belongs to one process, but DataParallel would run "
                 f"{self.args.n_gpu} threads; start with `accelerate launch`, or show one GPU only"
             )
+        if base_kl_weight > 0:
+            refuse_without_adapters(self.model)
 
     def compute_loss(
         self,
@@ -82,18 +94,22 @@ class RouterLossMixin:
         task_types = inputs.pop("task_types", None)
         labels = inputs.get("labels")
         context = self._routing_context(inputs, task_types) if model.training else None
-        arguments = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
-        if context is None:
-            result = super().compute_loss(model, inputs, **arguments)
-        else:
-            with context:
-                result = super().compute_loss(model, inputs, **arguments)
-        loss, outputs = result if return_outputs else (result, None)
+        base = None
+        if context is not None and self.base_kl_weight > 0:
+            base = base_answers(self.accelerator.unwrap_model(model), inputs, task_types)
+        wants_outputs = return_outputs or base is not None
+        with contextlib.nullcontext() if context is None else context:
+            result = super().compute_loss(
+                model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items_in_batch
+            )
+        loss, outputs = result if wants_outputs else (result, None)
         if labels is not None:
             # Without a label the loss is 0 / 0.
             loss = torch.where(has_labels(labels), loss, torch.zeros_like(loss))
         if context is not None:
             loss = self._add_router_loss(loss, context, num_items_in_batch)
+        if base is not None:
+            loss = self._add_base_kl(loss, base, outputs["logits"], labels, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
@@ -120,11 +136,11 @@ class RouterLossMixin:
     def _routing_context(
         self, inputs: Mapping[str, Any], task_types: Tensor | None
     ) -> citi_kernels.RoutingContext:
-        if task_types is None and self.router_loss_weight > 0:
+        if task_types is None and (self.router_loss_weight > 0 or self.base_kl_weight > 0):
             raise ValueError(
-                "the router loss wants `task_types` in every training batch (1 tool, 0 general), "
-                f"got {sorted(inputs)}; collate with citi.data.Collator, or set "
-                "router_loss_weight=0"
+                "the router loss and the divergence from the base want `task_types` in every "
+                f"training batch (1 tool, 0 general), got {sorted(inputs)}; collate with "
+                "citi.data.Collator, or set router_loss_weight=0 and base_kl_weight=0"
             )
         mask = inputs.get("attention_mask")
         if mask is None:
@@ -173,6 +189,26 @@ class RouterLossMixin:
         )
         return loss
 
+    def _add_base_kl(
+        self,
+        loss: Tensor,
+        base: BaseAnswers,
+        logits: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """Scaled as `super().compute_loss` scales the cross entropy."""
+        divergence = base.divergence(logits)
+        self._window.add_base_kl(divergence.detach(), base.chosen_BP.sum())
+        if num_items_in_batch is None or not self._loss_spans_window(num_items_in_batch):
+            num_items = (labels[..., 1:] != IGNORED_LABEL).sum()
+            return loss + self.base_kl_weight * divergence.to(loss.device) / num_items
+        shares = 1
+        if self.args.average_tokens_across_devices:
+            shares = self.accelerator.num_processes // self.get_tp_size()
+        scale = self.base_kl_weight * shares / num_items_in_batch
+        return loss + scale * divergence.to(loss.device)
+
     def _loss_spans_window(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether `training_step` will leave out its division by the accumulation steps."""
         declared = getattr(self, "loss_is_scaled_for_ga", None)
@@ -188,6 +224,7 @@ class _LogWindow:
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
+        self.base_kl: Tensor | None = None
         self.first_step = 0
 
     def add(
@@ -203,17 +240,27 @@ class _LogWindow:
             self.sums, self.first_step = torch.zeros_like(values), step
         self.sums += values
 
+    def add_base_kl(self, divergence: Tensor, num_tokens: Tensor) -> None:
+        values = torch.stack([divergence, num_tokens.to(divergence)])
+        self.base_kl = values if self.base_kl is None else self.base_kl + values
+
     def read(self, accelerator: Any, *, step: int) -> dict[str, float]:
         """The means since the last call; losses per optimizer step, gates per token and layer."""
         if self.sums is None:
             return {}
-        values = accelerator.reduce(self.sums, reduction="sum").tolist()
-        self.sums = None
+        # A process whose batches had no general sample must take part all the same.
+        base_kl = self.sums.new_zeros(2) if self.base_kl is None else self.base_kl.to(self.sums)
+        sums = torch.cat([self.sums, base_kl])
+        values = accelerator.reduce(sums, reduction="sum").tolist()
+        self.sums = self.base_kl = None
         steps = max(step - self.first_step, 1) * accelerator.num_processes
         logs = {"ce_loss": values[0] / steps, "router_loss": values[1] / steps}
         for kind, gates, tokens in (("tool", *values[2:4]), ("general", *values[4:6])):
             if tokens:
                 logs[f"backbone_gate_{kind}"] = gates / tokens
+        divergence, tokens = values[6:]
+        if tokens:
+            logs["base_kl"] = divergence / tokens
         return logs
 
 

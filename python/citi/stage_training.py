@@ -155,6 +155,7 @@ def train_stage(
         router_loss=recipe.router_loss,
         router_loss_weight=recipe.router_loss_weight if routed else 0.0,
         delta=recipe.delta,
+        base_kl_weight=recipe.base_kl_weight,
         callbacks=[MetricsWriter(metrics_file, stage.name, observer)],
     )
     trainer.add_callback(_OlderCheckpoints())  # last, when the newest checkpoint has its seal

@@ -13,7 +13,7 @@ from citi.recipe import Recipe, RecipeError, load_recipe, template
 _KEYS = """
 model tool general eval_tool eval_general output dtype estimator importance_samples important
 unimportant num_experts r lora_alpha lora_dropout top_k router_loss router_loss_weight delta
-tool_samples general_samples max_length train_on batch_size gradient_accumulation
+base_kl_weight tool_samples general_samples max_length train_on batch_size gradient_accumulation
 gradient_checkpointing learning_rate uco_learning_rate epochs_rp epochs_mi epochs_uco eval_samples
 judged_samples eval_batch_size max_new_tokens seed save_steps report_to
 """

@@ -82,6 +82,7 @@ def metrics() -> list[dict]:
             "loss": 2.1 - 0.1 * step,
             "ce_loss": 2.0 - 0.1 * step,
             "router_loss": 1.0 / step,
+            "base_kl": 0.01 * step,
             "backbone_gate_tool": 0.3,
             "backbone_gate_general": 0.6,
         }
@@ -212,7 +213,7 @@ def test_what_users_wrote_is_escaped_everywhere(page: Page) -> None:
 
 
 def test_every_picture_has_words_for_those_who_do_not_see_it(page: Page) -> None:
-    assert len(page.pictures) == 9
+    assert len(page.pictures) == 10
     assert all(picture["role"] == "img" and picture["aria-label"] for picture in page.pictures)
     assert page.source.count("<figcaption>") == len(page.pictures)
 

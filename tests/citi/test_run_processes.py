@@ -19,10 +19,10 @@ SHORT = {"epochs_mi": 1.0, "save_steps": 2}
 
 
 def train_stages(folder: Path, *, processes: int) -> dict[str, dict[str, Tensor]]:
-    """Trained parameters and router losses of two stages; windows of two samples in any case."""
+    """Trained parameters and losses of two stages; windows of two samples in any case."""
     results = {}
     for stage in (MI, UCO):
-        model = adapted_model()
+        model = adapted_model(lora_alpha=40)
         trainer = make_trainer(
             model,
             folder / "out",
@@ -31,12 +31,13 @@ def train_stages(folder: Path, *, processes: int) -> dict[str, dict[str, Tensor]
             batch_size=1,
             accumulation=2 // processes,
             router_loss_weight=0.5,
+            base_kl_weight=0.7,
             settings={"optim": "sgd", "ddp_find_unused_parameters": False},
         )
         trainer.train()
         result = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         rows = [row for row in trainer.state.log_history if "router_loss" in row]
-        for key in ("loss", "ce_loss", "router_loss"):
+        for key in ("loss", "ce_loss", "router_loss", "base_kl"):
             result[key] = torch.tensor([row[key] for row in rows])
         if trainer.is_world_process_zero() and processes > 1:
             save_file(result, folder / f"{stage.name}.safetensors")

@@ -14,7 +14,7 @@ from benchmarks.method.bootstrap import mean_estimate, mean_of, ratio_estimate
 from benchmarks.method.data_sets import EVALUATION
 from benchmarks.method.paper import PAPER
 from benchmarks.method.results_table import filled_readme, results_markdown
-from benchmarks.method.row_config import ROWS, load_row
+from benchmarks.method.row_config import ROWS, TRIALS, load_row
 from benchmarks.method.row_result import RowResult
 from benchmarks.method.scale import CPU
 from benchmarks.method.summary import API_BANK, GENERAL, MixedResultsError, summarise
@@ -102,6 +102,8 @@ def test_a_row_without_a_file_is_not_yet_measured(tmp_path: Path) -> None:
     for name in ROWS:
         line = f"| {load_row(name).title} | not yet measured | - |"
         assert text.count(line) == 6, "three tables of each of two scales"
+    for name in TRIALS:
+        assert text.count(load_row(name).title) == 1, "said what it is, in no table"
     assert "does not reproduce" not in text
 
 
@@ -117,6 +119,8 @@ def test_measured_rows_stand_beside_the_papers_numbers(tmp_path: Path) -> None:
     assert "| LoRA | 1 | 60.0% [" in short
     assert "| CITI | 2 | 60.0% [" in short
     assert short.count("+2.0% [") == 1
+    result("citi_wide", 0.6, 0.02).save(tmp_path)
+    assert "| CITI, half of the components | 60.0% [" in results_markdown(tmp_path)
     assert "FT + DM" not in short
 
 

@@ -12,13 +12,13 @@ from method_cases import TINY, first_rates, open_tiny, without_search
 import citi.stage_training
 from benchmarks.method import run as run_module
 from benchmarks.method.data_sets import EVALUATION
-from benchmarks.method.row_config import ROWS, RowConfigError, load_row
+from benchmarks.method.row_config import ROWS, TRIALS, RowConfigError, load_row
 from benchmarks.method.row_result import RowResult
 from benchmarks.method.run import ComparisonError, run_row, run_rows
 from citi.observer import RunObserver
 from citi.saved_json import SavedFileError
 
-TRAINED = tuple(name for name in ROWS if name != "vanilla")
+TRAINED = tuple(name for name in ROWS + TRIALS if name != "vanilla")
 MIXED = tuple(name for name in TRAINED if load_row(name).data == "mix")
 
 
@@ -55,11 +55,11 @@ def comparison(folder):
 
 @pytest.fixture(scope="module")
 def results(comparison) -> dict[str, RowResult]:
-    return {result.row: result for result in run_rows(comparison, num_seeds=1)}
+    return {result.row: result for result in run_rows(comparison, ROWS + TRIALS, num_seeds=1)}
 
 
 def test_every_row_runs_and_leaves_a_result_that_reads_back_equal(comparison, results) -> None:
-    assert tuple(results) == ROWS
+    assert tuple(results) == ROWS + TRIALS
     for name, result in results.items():
         file = comparison.result_file(load_row(name), 0)
         assert RowResult.load(file) == result

@@ -176,6 +176,13 @@ _CHARTS = (
         " samples from general ones better.",
     ),
     _Chart(
+        "base-kl",
+        "KL from the base, nats a token",
+        {"base KL": "base_kl"},
+        "Divergence of the model's predictions from the base's on the answers of general samples."
+        " Higher: it has moved further from the base.",
+    ),
+    _Chart(
         "gate-training",
         "mean backbone gate",
         {"tool": "backbone_gate_tool", "general": "backbone_gate_general"},
