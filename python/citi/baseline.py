@@ -19,6 +19,7 @@ from citi.base_model import load_base
 from citi.data import Collator, RenderedDataset
 from citi.durable import directory_in_one_step, recover_directory
 from citi.observer import RunObserver
+from citi.positions import length_limit
 from citi.recipe import Recipe
 from citi.run import read_training_samples
 from citi.run_directory import RunDirectory
@@ -166,6 +167,7 @@ class _BaselineRun:
         self.folder = folder
         self.baseline = baseline
         self.observer = observer
+        self.longest = recipe.max_length
         self.is_full = baseline.components is None
         self.result = folder / ("model" if self.is_full else "adapter")
 
@@ -179,6 +181,7 @@ class _BaselineRun:
         num_finished = max((i for i, each in enumerate(saved, 1) if each.is_dir()), default=0)
         model, tokenizer = self._load(saved[num_finished - 1]) if num_finished else self._fresh()
         dtype = next(model.parameters()).dtype
+        self.longest = length_limit(model, self.recipe.max_length)
         for stage, target in list(zip(stages, saved, strict=True))[num_finished:]:
             self._train(model, stage, *training_data(stage, tokenizer), dtype=dtype)
             _lower(model, dtype)
@@ -192,7 +195,7 @@ class _BaselineRun:
     def tool_data(self, stage: Stage, tokenizer: Any) -> tuple[RenderedDataset, Collator]:
         """The recipe's tool data, the same for every stage."""
         samples, _ = read_training_samples(self.recipe)
-        lengths = {"max_length": self.recipe.max_length, "train_on": self.recipe.train_on}
+        lengths = {"max_length": self.longest, "train_on": self.recipe.train_on}
         return RenderedDataset(samples, tokenizer, **lengths), Collator(tokenizer.pad_token_id)
 
     def _fresh(self) -> tuple[nn.Module, Any]:

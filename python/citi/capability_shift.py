@@ -21,6 +21,7 @@ from citi.components import split_layer
 from citi.data.render import IGNORED, Renderer
 from citi.data.sample import Sample
 from citi.evaluation.inference import Progress, base_model, device_of, inference
+from citi.positions import length_limit
 
 _ROLES = {
     "attention": ("q_proj", "qkv_proj", "c_attn"),
@@ -51,7 +52,7 @@ def mean_states(
         tokenizer: its tokenizer.
         samples: with answers; where an answer is cut depends on `seed` and its place alone, so
             that two models see the same tokens.
-        max_length: longest sample, in tokens.
+        max_length: longest sample, in tokens, less where the model has fewer positions.
         seed: see `samples`.
         progress: called with (samples done, all samples, note).
 
@@ -62,7 +63,7 @@ def mean_states(
         ValueError: no sample has an answer, or the model has no module that feeds a site.
         DataError: the chat template refuses a sample.
     """
-    renderer = Renderer(tokenizer, max_length=max_length)
+    renderer = Renderer(tokenizer, max_length=length_limit(model, max_length))
     cut = [_cut(renderer, sample, f"{seed}/{i}") for i, sample in enumerate(samples)]
     rows = [tokens for tokens in cut if tokens]
     if not rows:

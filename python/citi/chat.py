@@ -14,7 +14,8 @@ from transformers import TextStreamer
 from citi.data.render import render_prompt
 from citi.data.sample import GENERAL, TOOL, DataError, Message, Sample
 from citi.evaluation.generate import decode_answer, greedy_config, neutral_generation_config
-from citi.evaluation.inference import device_of, inference, length_limit, pad
+from citi.evaluation.inference import device_of, inference, pad
+from citi.positions import length_limit
 
 HELP = "/reset forgets the conversation, /tools lists the tools, /quit (or Ctrl-D) ends"
 

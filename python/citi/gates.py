@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from citi.adapters.layer import MoLoraLayer
 from citi.data import RenderedDataset
 from citi.data.sample import Sample
-from citi.evaluation.inference import device_of, inference, length_limit
+from citi.evaluation.inference import device_of, inference
+from citi.positions import length_limit
 from citi_kernels import MoLoRALinear, RoutingContext
 
 Progress = Callable[[int, int | None, str], None]

@@ -116,10 +116,21 @@ class Recipe:
         paths = {name: getattr(self, name) for name in (*_PATHS, "output", "model")}
         for name, value in _resolved(paths, Path.cwd()).items():
             object.__setattr__(self, name, value)
+        if self.generates_answers and self.max_length < self.max_new_tokens + 2:
+            raise RecipeError(
+                f"max_length: wanted at least max_new_tokens + 2 ({self.max_new_tokens + 2}), so "
+                f"that the evaluation's prompts have room, got {self.max_length}; lower "
+                "max_new_tokens"
+            )
         if self.top_k is not None and self.top_k > self.num_experts:
             raise RecipeError(
                 f"top_k: wanted at most num_experts ({self.num_experts}), got {self.top_k}"
             )
+
+    @property
+    def generates_answers(self) -> bool:
+        """Whether the evaluation lets the model write answers."""
+        return bool(self.eval_tool or (self.eval_general and self.judged_samples != 0))
 
     @property
     def data_files(self) -> dict[str, Path]:
@@ -249,7 +260,7 @@ def _resolved(values: dict, folder: Path) -> dict:
             named = _named_files(key, values[key])
             resolved[key] = {name: str(_absolute(file, folder)) for name, file in named.items()}
         elif key in values:
-            del resolved[key]
+            resolved[key] = {}
     if isinstance(values.get("output"), str):
         resolved["output"] = str(_absolute(values["output"], folder))
     if isinstance(values.get("model"), str) and _absolute(values["model"], folder).is_dir():

@@ -14,6 +14,7 @@ from typing import Any
 from citi.data import Collator, RenderedDataset, Sample, mix, read_samples
 from citi.durable import write_json
 from citi.environment_record import environment_record
+from citi.evaluation.generate import prompt_room
 from citi.fingerprint import differing_fields, model_fingerprint
 from citi.importance.ability_scores import AbilityScores
 from citi.importance.progress_file import remove_progress
@@ -21,6 +22,7 @@ from citi.importance.score_components import score_components
 from citi.manifest import Manifest
 from citi.observer import RunObserver
 from citi.plan import make_plan
+from citi.positions import length_limit
 from citi.processes import process_group, refuse_sharding, this_process
 from citi.recipe import Recipe
 from citi.run_directory import RunDirectory, open_run
@@ -166,6 +168,13 @@ class _Session:
             write_json(self.run.environment_file, environment_record())
 
     def _score(self) -> Facts:
+        if self.recipe.generates_answers:
+            # Raises now, not after the training, where the model has too few positions.
+            prompt_room(
+                self.model.base,
+                max_length=self.recipe.max_length,
+                max_new_tokens=self.recipe.max_new_tokens,
+            )
         scores = self._made_scores() if self._given_scores is None else self._checked_scores()
         if self.is_writer:
             scores.save(self.run.importance_prefix)
@@ -305,17 +314,18 @@ class _Session:
     def _load_dataset(self) -> RenderedDataset:
         if self._dataset is None:
             tool, general = read_training_samples(self.recipe)
+            longest = length_limit(self.model.base, self.recipe.max_length)
             self._dataset = RenderedDataset(
                 mix(tool, general, per_general=self.recipe.general_samples, seed=self.recipe.seed),
                 self.model.tokenizer,
-                max_length=self.recipe.max_length,
+                max_length=longest,
                 train_on=self.recipe.train_on,
                 progress=self.observer.progress,
             )
             found = self._dataset.statistics
             self.observer.line(
                 f"{found.num_rendered} samples to train on, {found.num_tool} of them tool calls; "
-                f"{found.num_truncated} cut to max_length"
+                f"{found.num_truncated} cut to {longest} tokens"
                 + "".join(f"; {n} left out: {reason}" for reason, n in found.dropped.items())
             )
         return self._dataset

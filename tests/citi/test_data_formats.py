@@ -297,6 +297,55 @@ def test_prompt_and_completion_as_texts_or_as_turns(tmp_path, conversational):
     assert _plain(sample) == [("user", "2+2?"), ("assistant", "4")]
 
 
+def test_a_prompts_system_text_is_kept(tmp_path):
+    turns = [{"role": "system", "content": "own"}, {"role": "user", "content": "p"}]
+    samples, _ = _read(
+        tmp_path,
+        {"system": "be brief", "prompt": "p", "completion": "c"},
+        {"system": "be brief", "prompt": turns[1:], "completion": "c"},
+        {"system": "be brief", "prompt": turns, "completion": "c"},
+    )
+    heads = [(sample.messages[0].role, sample.messages[0].content) for sample in samples]
+    assert heads == [("system", "be brief"), ("system", "be brief"), ("system", "own")]
+    assert [len(sample.messages) for sample in samples] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "user", "result"),
+    [
+        ({"query": "1+1?", "response": "So.\nThe answer is: 2"}, "query-response", "1+1?", "2"),
+        ({"question": "1+1?", "answer": "It is\n#### 2"}, "question-answer", "1+1?", "2"),
+        ({"question": "Where?", "answer": "In 3 places"}, "question-answer", "Where?", None),
+        (
+            {"instruction": "Sum up.", "context": "A text.", "response": "Short.", "category": "x"},
+            "Dolly",
+            "Sum up.\nA text.",
+            None,
+        ),
+        ({"instruction": "Go.", "context": "", "response": "Gone."}, "Dolly", "Go.", None),
+    ],
+)
+def test_question_and_answer_rows(tmp_path, row, name, user, result):
+    samples, report = _read(tmp_path, row)
+    assert report.formats[0].name == name
+    answer = row.get("response", row.get("answer"))
+    assert [(m.role, m.content) for m in samples[0].messages] == [
+        ("user", user),
+        ("assistant", answer),
+    ]
+    assert samples[0].meta.get("answer") == result
+
+
+def test_a_tools_result_may_be_a_json_object(tmp_path):
+    messages = [
+        {"role": "user", "content": "u"},
+        {"role": "tool", "content": {"temperature": 21, "unit": "°C"}},
+        {"role": "assistant", "content": "a"},
+    ]
+    samples, _ = _read(tmp_path, {"messages": messages})
+    assert samples[0].messages[1].content == '{"temperature": 21, "unit": "°C"}'
+
+
 def test_formats_are_told_apart_row_by_row(tmp_path):
     _, report = _read(
         tmp_path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,15 @@ def test_parameters_that_are_no_object_are_named_with_their_tool(parameters):
         render(sample, _tokenizer(NATIVE), max_length=LONG)
 
 
+@pytest.mark.parametrize("wrote", ["Here: <tools> {tools} </tools>", "You may call add."])
+def test_tools_that_the_system_text_describes_are_not_described_again(wrote):
+    system = Message("system", wrote.replace("{tools}", json.dumps([TOOL])))
+    sample = _sample(system, USER, HELLO, tools=(TOOL,))
+    tokenizer = _tokenizer(NATIVE)
+    text = tokenizer.decode(render(sample, tokenizer, max_length=LONG).input_ids)
+    assert text.count("Adds.") == 1
+
+
 def _published(name: str) -> str:
     """A template as its model ships it; TRL carries copies."""
     spec = importlib.util.find_spec("trl")
@@ -280,3 +290,91 @@ def test_published_templates_train_exactly_the_last_answer(name):
         assert text.endswith(trained)
         assert all(message.content in text for message in messages)
         assert "Adds." in text
+
+
+_BAR = "\uff5c"  # what DeepSeek's special tokens have for a bar
+
+
+def _published_tokenizer(name: str):
+    tokenizer = _tokenizer(_published(name))
+    special = re.findall(
+        rf"<\|\w+\|>|<{_BAR}[^{_BAR}]+{_BAR}>|<end_of_turn>", tokenizer.chat_template
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(special))})
+    return tokenizer
+
+
+def _trained_runs(rendered, tokenizer) -> list[str]:
+    runs: list[list[int]] = [[]]
+    for label in rendered.labels:
+        if label != IGNORED:
+            runs[-1].append(label)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deepseek_r1_distill", "deepseekv3_training", "llama3_1", "nemotron_3_nano", "phi3", "qwen3"],
+)
+def test_an_answer_of_calls_alone_begins_behind_its_header(name):
+    tokenizer = _published_tokenizer(name)
+    call = Message("assistant", "", ({"name": "add", "arguments": {"a": 1}},))
+    sample = _sample(USER, call, tools=(TOOL,))
+    rendered = render(sample, tokenizer, max_length=LONG)
+    (trained,) = _trained_runs(rendered, tokenizer)
+    starts = ("<tool_call>", f"<{_BAR}tool▁calls▁begin{_BAR}>", '{"name": "add"')
+    assert trained.removeprefix("<think>\n\n</think>").lstrip().startswith(starts)
+    prompt = tokenizer.decode(render_prompt(sample, tokenizer, max_length=LONG))
+    assert prompt + trained == tokenizer.decode(rendered.input_ids)
+    header = {
+        "llama3_1": "<|end_header_id|>\n\n",
+        "deepseek_r1_distill": f"<{_BAR}Assistant{_BAR}>",
+    }
+    assert prompt.endswith(header.get(name, ""))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "qwen2_5", "gemma3"])
+def test_earlier_calls_are_trained_on_too(name):
+    tokenizer = _published_tokenizer(name)
+    calls = [
+        Message("assistant", said, ({"name": "add", "arguments": {"a": 1}},))
+        for said in ("", "First I add.")
+    ]
+    result = Message("tool", "42", name="add")
+    sample = _sample(USER, calls[0], result, AGAIN, MORE, calls[1], result, AGAIN, tools=(TOOL,))
+    runs = _trained_runs(render(sample, tokenizer, max_length=LONG, train_on="all"), tokenizer)
+    assert len(runs) == 4
+    assert runs[0].startswith(CALL_TEXT)
+    assert runs[2].startswith(f"First I add.\n{CALL_TEXT}")
+    for run in (runs[1], runs[3].removeprefix("<think>\n\n</think>\n\n")):
+        assert run.startswith("Hello two")
+    assert all(len(run) < 110 for run in runs)
+
+
+def test_an_earlier_call_whose_end_does_not_show_is_refused():
+    # Nothing but a special token inside the call: what it says stands behind that.
+    template = CHAT_TEMPLATE.replace(
+        "{{ m['content'] }}",
+        "{% if m.tool_calls and loop.last %}!{% endif %}{{ m['content'] }}"
+        "{% for c in m.tool_calls or [] %}<|pad|>{{ c.function | tojson }}{% endfor %}",
+    )
+    call = Message("assistant", "", ({"name": "add", "arguments": {"a": 1}},))
+    sample = _sample(USER, call, Message("tool", "42", name="add"), HELLO)
+    with pytest.raises(DataError, match="cannot be told"):
+        render(sample, _tokenizer(template), max_length=LONG, train_on="all")
+
+
+def test_a_prompt_needs_no_answer_that_the_template_holds():
+    template = (
+        "{% for m in messages %}{% if m.tool_calls and m.tool_calls | length > 1 %}"
+        "{{ raise_exception('one call at a time') }}{% endif %}{% endfor %}" + NATIVE
+    )
+    call = {"name": "add", "arguments": {"a": 1}}
+    one, two = (_sample(USER, Message("assistant", "", (call,) * n)) for n in (1, 2))
+    tokenizer = _tokenizer(template)
+    with pytest.raises(DataError, match="one call at a time"):
+        render(two, tokenizer, max_length=LONG)
+    prompts = [render_prompt(sample, tokenizer, max_length=LONG) for sample in (one, two)]
+    assert prompts[0] == prompts[1]

@@ -129,6 +129,8 @@ class ChatTemplate:
         if tools and announced:
             text = f"{first.content.rstrip()}\n{json_lines(tools)}"
             messages[0], tools = Message("system", text), []
+        elif tools and first.role == "system" and _describes(first.content, tools):
+            tools = []
         if not self.traits.tool_role_after_text and not any(m.tool_calls for m in messages):
             messages = [_as_user(m) if m.role == "tool" else m for m in messages]
         turns: list[Turn] = []
@@ -223,6 +225,13 @@ def as_dicts(messages: list[Message]) -> list[dict]:
             turn["tool_call_id"] = waiting.pop(0) if waiting else "call00000"
         dicts.append(turn)
     return dicts
+
+
+def _describes(system: str, tools: list[dict]) -> bool:
+    """Whether a system text holds the descriptions of all tools already, as Hermes' rows do."""
+    inside = system.partition("<tools>")[2].partition("</tools>")[0]
+    names = [str(as_function(tool)["function"]["name"]) for tool in tools]
+    return bool(inside) and all(name in inside for name in names)
 
 
 def _as_user(result: Message) -> Message:

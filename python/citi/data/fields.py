@@ -99,6 +99,8 @@ def message_of(turn: object) -> Message:
     calls = turn.get("tool_calls") or turn.get("function_call")
     if role in _CALL_ROLES:
         calls, value = value, ""
+    if _ROLES[role] == "tool" and isinstance(value, dict):
+        value = json.dumps(value, ensure_ascii=False)
     return Message(
         role=_ROLES[role],
         content=text_of(value, "content"),

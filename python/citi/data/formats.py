@@ -6,6 +6,7 @@ one or more conversations. The first entry that fits is taken, so narrower forma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from citi.data.benchmark_formats import (
 from citi.data.fields import Conversation, exchange, messages_of, text_of, tools_of
 from citi.data.sample import Message
 
+_RESULT = re.compile(r"(?:####|[Tt]he answer is:)\s*(\S[^\n]*)\s*\Z")
 _SCORING_KEYS = ("answer", "answers", "gold_calls", "possible_answer", "golden_answer")
 
 
@@ -87,12 +89,37 @@ def _from_alpaca(row: dict) -> list[Conversation]:
 
 
 def _from_prompt(row: dict) -> list[Conversation]:
-    messages = []
+    system = text_of(row.get("system"), "system")
+    messages = [Message("system", system)] if system and not _has_system(row["prompt"]) else []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         value = row[key]
         turns = isinstance(value, list)
         messages += messages_of(value) if turns else [Message(role, text_of(value, key))]
     return [Conversation(tuple(messages), tools_of(row.get("tools")), _meta(row))]
+
+
+def _has_system(prompt: object) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and messages_of(prompt[:1])[0].role == "system"
+
+
+def _from_pair(asked: str, answered: str) -> Callable[[dict], list[Conversation]]:
+    """A converter of rows of one question, with an optional `context`, and one answer.
+
+    Where the answer marks its result, as GSM8K (`####`) and MetaMathQA ("The answer is:") do, that
+    is what judges a generated answer.
+    """
+
+    def convert(row: dict) -> list[Conversation]:
+        parts = [text_of(row.get(key), key) for key in (asked, "context")]
+        answer = text_of(row[answered], answered)
+        system = text_of(row.get("system"), "system")
+        messages = exchange("\n".join(part for part in parts if part), answer, system=system)
+        meta = row.get("meta")
+        result = _RESULT.search(answer)
+        marked = {"answer": result.group(1)} if result else {}
+        return [Conversation(messages, (), marked | (meta if isinstance(meta, dict) else {}))]
+
+    return convert
 
 
 FORMATS: tuple[Format, ...] = (
@@ -107,4 +134,7 @@ FORMATS: tuple[Format, ...] = (
     Format("BFCL question-function", ("question", "function"), from_bfcl),
     Format("Alpaca", ("instruction", "output"), _from_alpaca),
     Format("prompt-completion", ("prompt", "completion"), _from_prompt),
+    Format("Dolly", ("instruction", "response"), _from_pair("instruction", "response")),
+    Format("query-response", ("query", "response"), _from_pair("query", "response")),
+    Format("question-answer", ("question", "answer"), _from_pair("question", "answer")),
 )

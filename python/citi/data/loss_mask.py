@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from citi.data.chat_template import ChatTemplate, Turn
+from citi.data.sample import Message
+
+_PROBE = "probe-reply"
 
 
 class NoSpanError(Exception):
@@ -25,18 +28,39 @@ def answer_start(
     Raises: NoSpanError when the turns before it are rendered otherwise in `text`.
     """
     message, given = turns[-1].message, turns[-1].given
+    if message.tool_calls and not (message.content.strip() or given):
+        return _call_start(template, turns, text, tools=tools)
     for generation_prompt in (True, False):
         before = template.text(
             list(turns[:-1]), tools=tools, add_generation_prompt=generation_prompt
         )
         sought = given if given or generation_prompt else message.content.strip()
-        if not (sought or generation_prompt or message.tool_calls):
+        if not (sought or generation_prompt):
             # An answer still to come: its beginning shows in nothing but the generation prompt.
             continue
         start = text.find(sought, len(before))
         if text.startswith(before) and start >= 0:
             return start + len(given)
     raise NoSpanError
+
+
+def _call_start(
+    template: ChatTemplate, turns: Sequence[Turn], text: str, *, tools: list[dict] | None
+) -> int:
+    """Where an answer begins that is tool calls alone: there is no text of it to search for.
+
+    Behind the generation prompt; where that opens a block of thoughts that the answer does not
+    have, where a text begins that stands in the answer's place.
+    """
+    before = list(turns[:-1])
+    prompt = template.text(before, tools=tools, add_generation_prompt=True)
+    if text.startswith(prompt):
+        return len(prompt)
+    probe = template.text([*before, Turn(Message("assistant", _PROBE))], tools=tools)
+    head = probe[: max(probe.rfind(_PROBE), 0)]
+    if not head or not text.startswith(head):
+        raise NoSpanError
+    return len(head)
 
 
 def answer_spans(
@@ -90,10 +114,12 @@ def _search(
     end_tokens: tuple[str, ...],
 ) -> tuple[int, int]:
     """The span of an earlier answer that is rendered otherwise once turns follow it."""
-    content = turns[-1].message.content.strip()
+    content, calls = turns[-1].message.content.strip(), turns[-1].message.tool_calls
     start = answer_start(template, turns, text, tools=tools) - len(turns[-1].given)
+    if calls:
+        return start, _end_of_calls(content, calls, text, start, end_tokens=end_tokens)
     found = text.find(content, start)
-    if found < 0 or not content or turns[-1].message.tool_calls:
+    if found < 0 or not content:
         raise NoSpanError
     behind = text[found + len(content) :]
     stripped = behind.lstrip()
@@ -101,3 +127,21 @@ def _search(
     if not ends:
         raise NoSpanError
     return start, len(text) - len(stripped) + max(len(token) for token in ends)
+
+
+def _end_of_calls(
+    content: str, calls: Sequence[dict], text: str, start: int, *, end_tokens: tuple[str, ...]
+) -> int:
+    """The end of an earlier answer with calls: its first end token, behind all that it says.
+
+    Raises: NoSpanError where the text before that token lacks a part of the answer.
+    """
+    ends = [(text.find(token, start), len(token)) for token in end_tokens]
+    found = [(place, -length) for place, length in ends if place >= 0]
+    if not found:
+        raise NoSpanError
+    place, negative_length = min(found)
+    said = text[start:place]
+    if content not in said or not all(call["name"] in said for call in calls):
+        raise NoSpanError
+    return place - negative_length

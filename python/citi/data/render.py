@@ -124,10 +124,10 @@ class Renderer:
         if sample.answer_index is None:
             return self._template.text(turns, tools=tools, add_generation_prompt=True)
         turns = _upto_answer(turns)
-        text = self._template.text(turns, tools=tools)
         try:
+            text = self._template.text(turns, tools=tools)
             return text[: answer_start(self._template, turns, text, tools=tools)]
-        except NoSpanError:
+        except (DataError, NoSpanError):  # a refused answer leaves the prompt as it is
             return self._template.text(turns[:-1], tools=tools, add_generation_prompt=True)
 
     def _tokens(self, sample: Sample) -> tuple[list[int], list[int]]:

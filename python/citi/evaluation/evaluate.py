@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
 
-from citi.data.sample import Sample
+from citi.data.render import Renderer
+from citi.data.sample import DataError, Sample
 from citi.evaluation.exact_match import is_right
-from citi.evaluation.generate import generate_answers
+from citi.evaluation.generate import generate_answers, prompt_room
 from citi.evaluation.inference import Progress
 from citi.evaluation.likelihood import answer_nll
 from citi.evaluation.rouge import NO_ROUGE, rouge_l
 from citi.evaluation.tool_calls import SCORES, gold_calls_of, score_tool_calls
+from citi.positions import length_limit
 
 SCHEMA = 1
+_UNCUT = 2**31  # tokens
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,13 @@ class _Measure:
     notes: list[str] = field(default_factory=list)
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.renderer = Renderer(self.tokenizer, max_length=_UNCUT)
+
     def tool(self, name: str, samples: Sequence[Sample]) -> dict[str, Any]:
         """Answers a tool set and scores it."""
         samples = self._some(name, samples, self.settings.max_tool_samples)
+        samples, _ = self._rendered(name, samples, self.renderer.render_prompt)
         texts = self._generate(name, samples)
         scored: list[dict[str, float]] = []
         responses: list[tuple[str, str]] = []
@@ -173,6 +181,7 @@ class _Measure:
     def general(self, name: str, samples: Sequence[Sample]) -> dict[str, Any]:
         """Measures a general set's reference answers, and judges answers where meta allows."""
         samples = self._some(name, samples, self.settings.max_general_samples)
+        samples, rendered = self._rendered(name, samples, self.renderer.render)
         likelihood = answer_nll(
             self.model,
             self.tokenizer,
@@ -182,6 +191,8 @@ class _Measure:
             progress=self._named(name),
         )
         nll = likelihood.mean if math.isfinite(likelihood.mean) else None
+        longest = length_limit(self.model, self.settings.max_length)
+        self._note_cut(name, "samples", [len(r.input_ids) for r in rendered], longest)
         if likelihood.num_skipped:
             self.notes.append(f"{name}: {likelihood.num_skipped} samples without answer tokens")
         if nll is None and any(likelihood.num_tokens):
@@ -207,7 +218,40 @@ class _Measure:
         chosen = random.Random(self.settings.seed).sample(range(len(samples)), limit)
         return [samples[index] for index in sorted(chosen)]
 
+    def _rendered(
+        self, name: str, samples: Sequence[Sample], render: Callable[[Sample], Any]
+    ) -> tuple[list[Sample], list[Any]]:
+        """The samples that the chat template renders, rendered; the others are noted."""
+        kept, made, refused = [], [], Counter()
+        for sample in samples:
+            try:
+                made.append(render(sample))
+            except DataError as error:
+                refused[str(error).removeprefix(f"{sample.source or sample.id}: ")] += 1
+            else:
+                kept.append(sample)
+        for reason, count in refused.items():
+            self.notes.append(f"{name}: {count} of {len(samples)} samples left out: {reason}")
+        return kept, made
+
+    def _note_cut(self, name: str, what: str, lengths: Sequence[int], longest: int) -> None:
+        num_cut = sum(length > longest for length in lengths)
+        if num_cut:
+            self.notes.append(
+                f"{name}: {num_cut} of {len(lengths)} {what} cut to {longest} tokens, the oldest "
+                "first; a larger max_length keeps them whole where the model has the positions"
+            )
+
     def _generate(self, name: str, samples: Sequence[Sample]) -> list[str]:
+        if not samples:
+            return []
+        room = prompt_room(
+            self.model,
+            max_length=self.settings.max_length,
+            max_new_tokens=self.settings.max_new_tokens,
+        )
+        lengths = [len(self.renderer.render_prompt(sample)) for sample in samples]
+        self._note_cut(name, "prompts", lengths, room)
         return generate_answers(
             self.model,
             self.tokenizer,

@@ -16,10 +16,10 @@ from citi.evaluation.inference import (
     base_model,
     device_of,
     inference,
-    length_limit,
     length_sorted_batches,
     pad,
 )
+from citi.positions import length_limit
 
 _PROBE = "answer-probe"
 
@@ -56,16 +56,9 @@ def generate_answers(
 
     Raises:
         ValueError: a count is less than one, or no room is left for a prompt.
+        DataError: the chat template refuses a prompt.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: wanted at least 1, got {max_new_tokens}")
-    room = length_limit(model, max_length) - max_new_tokens
-    if room < 2:
-        raise ValueError(
-            f"max_length: wanted at least max_new_tokens ({max_new_tokens}) + 2 so that a "
-            f"prompt fits, got {room + max_new_tokens} (the smaller of max_length and the model's "
-            "positions); lower max_new_tokens"
-        )
+    room = prompt_room(model, max_length=max_length, max_new_tokens=max_new_tokens)
     renderer = Renderer(tokenizer, max_length=room)
     prompts = [renderer.render_prompt(sample) for sample in samples]
     answers = [""] * len(prompts)
@@ -80,6 +73,24 @@ def generate_answers(
             if progress is not None:
                 progress(done, len(prompts), "answers")
     return answers
+
+
+def prompt_room(model: nn.Module, *, max_length: int, max_new_tokens: int) -> int:
+    """How many tokens of a prompt are kept.
+
+    Raises:
+        ValueError: see `generate_answers`.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: wanted at least 1, got {max_new_tokens}")
+    room = length_limit(model, max_length) - max_new_tokens
+    if room < 2:
+        raise ValueError(
+            f"max_length: wanted at least max_new_tokens ({max_new_tokens}) + 2 so that a "
+            f"prompt fits, got {room + max_new_tokens} (the smaller of max_length and the model's "
+            "positions); lower max_new_tokens"
+        )
+    return room
 
 
 def greedy_config(model: nn.Module, tokenizer: Any, *, max_new_tokens: int) -> GenerationConfig:

@@ -30,13 +30,6 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def length_limit(model: nn.Module, max_length: int) -> int:
-    """`max_length`, or the model's number of positions where that is smaller."""
-    config = base_model(model).config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    return min(max_length, positions) if positions else max_length
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's inputs go: the device of its first parameter."""
     return next(model.parameters()).device

@@ -19,10 +19,10 @@ from citi.evaluation.inference import (
     base_model,
     device_of,
     inference,
-    length_limit,
     length_sorted_batches,
     pad,
 )
+from citi.positions import length_limit
 
 _ROWS_IN_FP32 = 512
 
@@ -89,6 +89,7 @@ def answer_nll(
 
     Raises:
         ValueError: `batch_size` is less than one.
+        DataError: the chat template refuses a sample.
     """
     renderer = Renderer(tokenizer, max_length=length_limit(model, max_length))
     rendered = [renderer.render(sample) for sample in samples]

@@ -19,6 +19,7 @@ from citi.importance.component_scores import ComponentScores
 from citi.importance.progress_file import ScoringProgress, content_of
 from citi.importance.recorder import ImportanceRecorder
 from citi.importance.scoring_pass import Progress, score_batches
+from citi.positions import length_limit
 
 if TYPE_CHECKING:
     from citi.data import RenderedDataset, Sample
@@ -51,7 +52,8 @@ def score_components(
         max_samples: at most so many per ability, chosen by `seed`; None takes all.
         estimator, granularity, element_dtype: see `citi.component_importance`.
         batch_size: sequences per micro-batch; changes `batch` and `parameter` scores.
-        max_length: tokens per sample; longer prompts are cut at the front.
+        max_length: tokens per sample, less where the model has fewer positions; longer prompts are
+            cut at the front.
         seed: of the choice of samples.
         progress: called as `progress(done, total, "ability: ...")` after every batch.
         progress_file: where the accumulators are kept once a minute, and when the scoring is
@@ -83,7 +85,7 @@ def score_components(
             task_type=int(name == "tool"),
             max_samples=max_samples,
             seed=seed,
-            max_length=max_length,
+            max_length=length_limit(model, max_length),
         )
         for name, data in abilities.items()
     }
