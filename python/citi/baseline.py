@@ -253,4 +253,6 @@ def _lower(model: nn.Module, dtype: torch.dtype) -> None:
     if isinstance(model, PeftModel):
         lower_to_base_dtype(model)
     else:
-        model.to(dtype)
+        # Not model.to: it would round buffers too, as the rotary frequencies that load in fp32.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)

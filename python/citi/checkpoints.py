@@ -98,5 +98,5 @@ def _read_seal(checkpoint: str | Path) -> dict | None:
         seal = json.loads(Path(checkpoint, SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(seal, dict) and seal.get("format") == 1 and isinstance(seal["files"], dict)
-    return seal if whole else None
+    is_seal = isinstance(seal, dict) and seal.get("format") == 1 and "stage" in seal
+    return seal if is_seal and isinstance(seal.get("files"), dict) else None

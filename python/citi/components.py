@@ -107,7 +107,7 @@ def _reason_to_skip(
         return "output head" if owner is None else f"output head, tied to {owner}"
     if isinstance(module, nn.Embedding) or module is _call(model, "get_input_embeddings"):
         return "embedding, not a linear module"
-    if _is_router(model, name, module):
+    if _is_router(model, name):
         return "router of a mixture of experts: it chooses experts, it does not compute with them"
     if is_linear(module):
         return None if owner is None else f"shares its weight with {owner}, which counts for both"
@@ -123,12 +123,17 @@ def _not_linear(module: nn.Module) -> str:
     return f"its weight is held by a {kind}, which is not a linear module"
 
 
-def _is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
-    if "router" in type(module).__name__.lower():
-        return True
-    parent, _, role = name.rpartition(".")
-    named_so = role in _ROUTER_ROLES or role.endswith("_gate")
-    return named_so and hasattr(model.get_submodule(parent), "experts")
+def _is_router(model: nn.Module, name: str) -> bool:
+    """Whether it, or a module that holds it, is one."""
+    parent = model
+    for role in name.split("."):
+        child = getattr(parent, role)
+        if "router" in type(child).__name__.lower() or role == "router":
+            return True
+        if (role in _ROUTER_ROLES or role.endswith("_gate")) and hasattr(parent, "experts"):
+            return True
+        parent = child
+    return False
 
 
 def _describe(name: str, module: nn.Module) -> Component:

@@ -140,14 +140,19 @@ def replace_directory(source: str | Path, target: str | Path) -> None:
 def directory_in_one_step(target: str | Path) -> Iterator[Path]:
     """A path beside `target` to write a directory at, which takes its place when the block ends.
 
-    Where the block raises, `target` stays as it was.
+    Where the block raises, `target` stays as it was; an OSError in it becomes a WriteError.
 
     Raises: as `replace_directory`.
     """
     target = Path(target)
     unfinished = unfinished_of(target)
     shutil.rmtree(unfinished, ignore_errors=True)
-    yield unfinished
+    try:
+        yield unfinished
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(target, error) from error
     replace_directory(unfinished, target)
 
 

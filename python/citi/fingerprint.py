@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from citi.components import Component, find_components
 from citi.placement import check_whole, fetch
@@ -56,6 +57,8 @@ def differing_fields(wanted: dict[str, str | int], got: dict[str, str | int]) ->
 def _sample(name: str, module: nn.Module) -> bytes:
     weight = fetch(module, "weight")
     check_whole(f"the weight of {name}", weight)
+    if is_traceable_wrapper_subclass(weight):  # torchao's quantised tensors
+        weight = weight.dequantize()
     flat = weight.detach().reshape(-1)
     picked = torch.arange(_VALUES_PER_WEIGHT) * (flat.numel() - 1) // (_VALUES_PER_WEIGHT - 1)
     values = flat[picked.to(flat.device)]

@@ -14,6 +14,7 @@ from citi.durable import write_json
 from citi.fingerprint import differing_fields, model_fingerprint
 from citi.importance.ability_scores import AbilityScores
 from citi.saved_json import SavedFileError, read_object
+from citi.shares import num_least, num_most
 
 FORMAT, VERSION = "citi.plan", 1
 _TYPES = {
@@ -122,7 +123,9 @@ def make_plan(scores: AbilityScores, important: float = 0.20, unimportant: float
         by M_h ascending:  important   = order[int((1 - share) * n):]
         by C_h ascending:  unimportant = order[:int(share * n)], without the important ones
 
-    Ties are broken by name, so that equal scores give an equal plan.
+    Ties are broken by name, so that equal scores give an equal plan. A component that scores 0
+    because nothing reached it (see `skipped` of the scores) is never unimportant: its importance
+    is not known, as where a model reads its weight without calling it.
 
     Args:
         scores: of the tool ability and, unless `unimportant` is 0, of general ones.
@@ -144,9 +147,9 @@ def make_plan(scores: AbilityScores, important: float = 0.20, unimportant: float
             raise ValueError(f"{name} must be a share between 0 and 1, got {share!r}")
     num_components = len(scores.tool)
     by_tool = _ascending(scores.tool_importance)
-    chosen = by_tool[int((1 - important) * num_components) :]
-    num_unimportant = int(unimportant * num_components)
-    least = _ascending(scores.general_importance)[:num_unimportant] if num_unimportant else []
+    chosen = by_tool[num_components - num_most(num_components, important) :]
+    num_unimportant = num_least(num_components, unimportant)
+    least = _known_ascending(scores)[:num_unimportant] if num_unimportant else []
     return Plan(
         important=tuple(chosen),
         unimportant=tuple(name for name in least if name not in set(chosen)),
@@ -157,6 +160,17 @@ def make_plan(scores: AbilityScores, important: float = 0.20, unimportant: float
         estimator=scores.estimator,
         fingerprint=dict(scores.fingerprint),
     )
+
+
+def _known_ascending(scores: AbilityScores) -> list[str]:
+    """By general importance, without the components that no ability's scoring reached."""
+    unknown = {
+        module.name
+        for ability in scores.abilities.values()
+        for module in ability.skipped
+        if module.name in ability
+    }
+    return [name for name in _ascending(scores.general_importance) if name not in unknown]
 
 
 def _ascending(importance: Mapping[str, float]) -> list[str]:

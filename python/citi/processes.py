@@ -40,6 +40,6 @@ def refuse_sharding() -> None:
         if parse_flag_from_env(variable):
             raise ValueError(
                 f"stages train parameters that every process holds whole, but {name} spreads them "
-                f"({variable} is set): start with `accelerate launch --multi_gpu`, or, for a base "
-                "too large for one GPU, one process with device_map auto"
+                f"({variable} is set): start with `accelerate launch --multi_gpu`; a base too "
+                "large for one GPU trains in Python, in one process, loaded with device_map='auto'"
             )

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from citi.components import find_components
+from citi.shares import num_least, num_most
 
 ENDS = ("top", "bottom")
 Figures = TypeVar("Figures")
@@ -83,8 +84,8 @@ def chosen_components(
         raise ValueError(f"share must be between 0 and 1, got {share}")
     order = sorted(importance, key=lambda name: (importance[name], name))
     if end == "top":
-        return tuple(order[int((1 - share) * len(order)) :])
-    return tuple(order[: int(share * len(order))])
+        return tuple(order[len(order) - num_most(len(order), share) :])
+    return tuple(order[: num_least(len(order), share)])
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from citi.checkpoints import (
     last_complete_checkpoint,
     seal_checkpoint,
 )
+from citi.durable import WriteError
 from citi.processes import refuse_sharding
 from citi.router_loss_mixin import IGNORED_LABEL, RouterLossMixin, has_labels
 from citi.stages import Stage, apply_stage, check_trainable, raise_trainables_to_fp32
@@ -65,7 +66,8 @@ class CitiTrainer(RouterLossMixin, Trainer):
         NonFiniteLossError, MaskedBatchError: See above.
         TrainingError: `train` was told to resume from a checkpoint that is not complete.
         StageError: The model has no parameters for the stage, or trains others.
-        ValueError: FSDP or DeepSpeed would spread the parameters over processes.
+        ValueError: FSDP or DeepSpeed would spread the parameters over processes; the base is in 16
+            bit and the arguments switch no autocast on; or `adapter` is not the active one.
     """
 
     def __init__(
@@ -78,6 +80,12 @@ class CitiTrainer(RouterLossMixin, Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         refuse_sharding()
+        active = getattr(self.model, "active_adapters", None)
+        if stage is not None and active is not None and adapter not in active:
+            raise ValueError(
+                f"adapter: stage {stage.name} trains {adapter!r}, but active are {list(active)}; "
+                "call model.set_adapter first"
+            )
         self.stage = stage
         self.adapter = adapter
         self.max_masked_share = max_masked_share
@@ -89,7 +97,7 @@ class CitiTrainer(RouterLossMixin, Trainer):
             and takes_positions(self.model)
         )
         self._trainable_names = self._set_trainable()
-        raise_trainables_to_fp32(self.model)
+        self._refuse_mixed_precision(raise_trainables_to_fp32(self.model))
         self.remove_callback(PrinterCallback)
         self.add_callback(_StageGuard(self._trainable_names))
         self.add_callback(_CheckpointSealer(stage.name if stage else None))
@@ -105,8 +113,11 @@ class CitiTrainer(RouterLossMixin, Trainer):
         if resume_from_checkpoint and self.stage is not None:
             saved_in = checkpoint_stage(resume_from_checkpoint)
             if saved_in is not None and saved_in != self.stage.name:
+                folder = Path(resume_from_checkpoint, self.adapter)  # PEFT's, but for "default"
                 self.model.load_adapter(
-                    str(resume_from_checkpoint), self.adapter, is_trainable=True
+                    str(folder if folder.is_dir() else resume_from_checkpoint),
+                    self.adapter,
+                    is_trainable=True,
                 )
                 resume_from_checkpoint = None
         checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -152,10 +163,25 @@ class CitiTrainer(RouterLossMixin, Trainer):
             self._stop_if_spoiled()
         return loss
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except OSError as error:
+            raise WriteError(Path(self.args.output_dir), error) from error
+
     def _set_trainable(self) -> list[str]:
         if self.stage is not None:
             return apply_stage(self.model, self.stage, self.adapter)
         return [name for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _refuse_mixed_precision(self, raised: list[str]) -> None:
+        """Parameters that were raised to fp32 multiply with 16-bit ones under autocast alone."""
+        is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
+        if raised and is_half and not (self.args.bf16 or self.args.fp16):
+            raise ValueError(
+                f"{raised[0]} trains in fp32 beside a base in 16 bit, which needs autocast: set "
+                "bf16=True (or fp16=True) in the TrainingArguments, or load the base in fp32"
+            )
 
     def _stop_if_spoiled(self) -> None:
         """The one look at the device per step: bad losses, bad gradients, masked batches."""
@@ -212,7 +238,17 @@ def takes_positions(model: nn.Module) -> bool:
     parameters = inspect.signature(base.forward).parameters
     takes_rest = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     on_one_device = len({p.device for p in base.parameters()}) == 1
-    return "logits_to_keep" in parameters and takes_rest and on_one_device
+    return (
+        "logits_to_keep" in parameters and takes_rest and on_one_device and _has_common_loss(base)
+    )
+
+
+def _has_common_loss(base: nn.Module) -> bool:
+    """Whether its `forward` hands its labels to transformers' loss; some compute their own."""
+    try:
+        return "self.loss_function(" in inspect.getsource(type(base).forward)
+    except (OSError, TypeError):
+        return False
 
 
 def answers_only(inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -72,6 +72,12 @@ def test_a_bf16_base_is_trained_in_fp32_and_given_back_in_bf16(tmp_path: Path, m
     model, _ = train_baseline(recipe, tmp_path / "full", full, stages=stages)
     assert trained_in == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    again, _ = train_baseline(recipe, tmp_path / "full", full, stages=stages)
+    buffers = dict(model.named_buffers())
+    assert buffers
+    for name, buffer in again.named_buffers():  # rotary frequencies stay in fp32
+        assert torch.equal(buffers[name], buffer), name
+        assert buffers[name].dtype == buffer.dtype, name
 
 
 @pytest.mark.parametrize(("stage", "step"), [("lora", 1), ("whole", 1)])

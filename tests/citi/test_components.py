@@ -85,6 +85,21 @@ def test_a_linear_router_is_left_out_and_a_gate_projection_is_not():
     assert "model.layers.0.mlp.experts.0" in names
 
 
+@pytest.mark.parametrize("inside", ["router", "JetMoeRouter", "gate"])
+def test_linears_inside_a_router_are_left_out_too(inside):
+    model = tiny_model("llama")
+    block = model.model.layers[0].mlp
+    kind = type(inside if inside != "gate" else "Sigmoid", (nn.Module,), {})
+    router = kind()
+    router.classifier = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 4))
+    setattr(block, inside if inside != "JetMoeRouter" else "chooser", router)
+    block.experts = nn.ModuleList([nn.Linear(32, 32)])
+    names = [c.name for c in find_components(model)[0]]
+    assert not [name for name in names if "classifier" in name]
+    assert {"model.layers.0.mlp.experts.0", "model.layers.0.mlp.gate_proj"} <= set(names)
+    assert sum("classifier" in name for name in _reasons(model)) == 2
+
+
 def test_case_34_a_tied_weight_is_listed_once():
     model = tiny_model("llama")
     layers = model.model.layers

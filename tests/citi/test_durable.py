@@ -13,6 +13,7 @@ import pytest
 from citi.durable import (
     WriteError,
     check_writable,
+    directory_in_one_step,
     recover_directory,
     replace_directory,
     write_bytes,
@@ -162,6 +163,17 @@ def test_case_55_a_failed_directory_swap_puts_the_old_tree_back(tmp_path, monkey
         with pytest.raises(WriteError, match="disk is full"):
             replace_directory(tmp_path / "source", tmp_path / "target")
     assert _tree(tmp_path) == {"target/f": b"old", "source/f": b"new"}
+
+
+def test_case_55_a_full_disk_while_a_directory_is_written_is_named(tmp_path):
+    write_bytes(tmp_path / "target" / "f", b"old")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        pytest.raises(WriteError, match="target: the disk is full"),
+        directory_in_one_step(tmp_path / "target"),
+    ):
+        raise full
+    assert (tmp_path / "target" / "f").read_bytes() == b"old"
 
 
 def test_case_55_a_file_in_the_way_of_a_directory_and_the_reverse_are_named(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from importance_cases import assert_same, padded, sequences
+from torch import nn
 
 from citi.importance import BatchCounts, ImportanceRecorder, component_importance
 from tiny import tiny_model
@@ -105,3 +106,37 @@ def test_gradient_accumulation_of_a_loop_is_one_micro_batch_per_begin():
 def test_a_recorder_without_a_batch_has_no_scores():
     with pytest.raises(ValueError, match="at least one that can be scored, got 0 without"):
         ImportanceRecorder(tiny_model("llama")).scores()
+
+
+def _with_an_indexer(model):
+    """Its first layer chooses something under `no_grad`, as sparse attention does."""
+    layer = model.model.layers[0]
+    layer.indexer = nn.Linear(32, 4)
+    forward = layer.forward
+
+    def choosing(hidden_states, *args, **kwargs):
+        with torch.no_grad():
+            layer.indexer(hidden_states)
+        return forward(hidden_states, *args, **kwargs)
+
+    layer.forward = choosing
+    return model
+
+
+def test_a_component_under_no_grad_scores_0_with_the_reason_and_the_others_as_ever():
+    batches = [padded(sequences())]
+    plain = component_importance(tiny_model(), batches)
+    scores = component_importance(_with_an_indexer(tiny_model()), batches)
+    name = "model.layers.0.indexer"
+    assert scores[name] == 0.0
+    reasons = {module.name: module.reason for module in scores.skipped}
+    assert reasons[name] == "scores 0: it ran, but no gradient reached it"
+    assert {key: value for key, value in scores.items() if key != name} == dict(plain)
+
+
+def test_a_whole_layer_under_no_grad_is_refused():
+    model = tiny_model()
+    forward = model.model.layers[1].forward
+    model.model.layers[1].forward = torch.no_grad()(forward)
+    with pytest.raises(RuntimeError, match=r"model.layers.1.*whole layer.*use_reentrant"):
+        component_importance(model, [padded(sequences())])

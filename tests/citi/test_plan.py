@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
-from citi.components import find_components
+from citi.components import SkippedModule, find_components
 from citi.fingerprint import model_fingerprint
 from citi.importance import ComponentScores
 from citi.importance.ability_scores import AbilityScores
 from citi.plan import Plan, make_plan
 from citi.saved_json import SavedFileError
+from citi.shares import num_least, num_most
 from tiny import tiny_model
 
 
@@ -55,6 +57,28 @@ def test_case_36_sets_are_the_authors_slices_at_every_share(number, important, u
     assert list(plan.important) == top
     assert list(plan.unimportant) == [name for name in bottom if name not in top]
     assert list(plan.overlap) == [name for name in bottom if name in top]
+
+
+@pytest.mark.parametrize(
+    ("number", "share", "most"), [(10, 0.9, 9), (210, 0.9, 189), (210, 0.8, 168), (224, 0.2, 45)]
+)
+def test_shares_are_rounded_as_written_not_as_floats(number, share, most):
+    plan = make_plan(ability_scores(range(1, number + 1), range(number, 0, -1)), share, share)
+    assert len(plan.important) == num_most(number, share) == most
+    assert len(plan.unimportant) + len(plan.overlap) == num_least(number, share)
+
+
+def test_what_no_scoring_reached_is_not_taken_for_unimportant():
+    values = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+    scores = ability_scores(values, values)
+    assert make_plan(scores, unimportant=0.2).unimportant == ("layers.000.q", "layers.001.q")
+    skipped = (
+        SkippedModule("layers.000.q", "scores 0: it never ran on these batches"),
+        SkippedModule("model.embedding", "embedding, not a linear module"),
+    )
+    math = dataclasses.replace(scores.general["math"], skipped=skipped)
+    scores = dataclasses.replace(scores, general={"math": math})
+    assert make_plan(scores, unimportant=0.2).unimportant == ("layers.001.q", "layers.002.q")
 
 
 def test_case_36_ties_are_broken_by_name_whatever_the_order_of_modules():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_scores import samples
 
 from citi.durable import WriteError
-from citi.importance import progress_file
+from citi.importance import ImportanceRecorder, progress_file
 from citi.importance.ability_scores import AbilityScores
 from citi.importance.progress_file import ScoringProgress, batches_done, remove_progress
 from citi.importance.score_components import score_components
@@ -90,6 +90,29 @@ def test_it_may_be_interrupted_again_and_again(tmp_path):
     for _ in range(7):
         interrupted(path, 1)
     assert bytes_of(score(path), tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize(("estimator", "granularity"), [("token", "element"), ("batch", "row")])
+def test_case_60_interrupted_within_a_batch_nothing_of_it_is_kept(
+    tmp_path, monkeypatch, estimator, granularity
+):
+    kind = {"estimator": estimator, "granularity": granularity}
+    undisturbed = bytes_of(score(**kind), tmp_path)
+    path, backward = tmp_path / "x.progress", ImportanceRecorder._backward
+    monkeypatch.setattr(progress_file, "SECONDS_BETWEEN_SAVES", 0.0)
+    calls = iter(range(1_000_000))
+
+    def stop_in_the_third(self, scored, module, use):
+        if next(calls) == 2 * len(self.scored) + 10:
+            raise Stop
+        return backward(self, scored, module, use)
+
+    monkeypatch.setattr(ImportanceRecorder, "_backward", stop_in_the_third)
+    with pytest.raises(Stop):
+        score(path, **kind)
+    monkeypatch.undo()
+    assert batches_done(path) == {"tool": 2, "math": 0}
+    assert bytes_of(score(path, **kind), tmp_path) == undisturbed
 
 
 def test_empty_and_nonfinite_batches_stay_counted(tmp_path):

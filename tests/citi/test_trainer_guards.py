@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from run_cases import InOrder, Items, adapted_model, changed, make_trainer, snapshot
 from torch import nn
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 
 from citi.checkpoints import (
     SEAL,
@@ -18,8 +21,16 @@ from citi.checkpoints import (
     last_complete_checkpoint,
 )
 from citi.data import Collator
+from citi.durable import WriteError
 from citi.stages import MI, RP, UCO, StageError, stage_parameters
-from citi.trainer import CitiTrainer, MaskedBatchError, NonFiniteLossError, TrainingError
+from citi.trainer import (
+    CitiTrainer,
+    MaskedBatchError,
+    NonFiniteLossError,
+    TrainingError,
+    takes_positions,
+)
+from tiny import tiny_model
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
 
@@ -210,9 +221,7 @@ def test_a_resume_trains_the_stages_parameters_though_loading_thawed_others(tmp_
 
 
 def test_a_plain_trainer_without_a_stage_trains_what_it_is_given(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    from tiny import tiny_model
+    from peft import LoraConfig
 
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
     names = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -296,3 +305,71 @@ def test_case_40_sharded_parameters_are_refused(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP spreads them"):
         make_trainer(adapted_model(), tmp_path, Items(2), stage=MI)
+
+
+def test_a_16_bit_base_without_autocast_is_refused_before_it_trains(tmp_path: Path) -> None:
+    model = adapted_model(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"trains in fp32 beside a base in 16 bit.*bf16=True"):
+        make_trainer(model, tmp_path, Items(2), stage=UCO)
+    trainer = make_trainer(
+        adapted_model(dtype=torch.bfloat16), tmp_path, Items(2), stage=UCO, settings={"bf16": True}
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_an_adapter_of_another_name_goes_on_in_the_next_stage(tmp_path: Path) -> None:
+    model = get_peft_model(
+        tiny_model(), adapted_model().peft_config["default"], adapter_name="tools"
+    )
+    settings = {"adapter": "tools", "settings": SAVING}
+    make_trainer(model, tmp_path, Items(4), stage=RP, **settings).train()
+    before = snapshot(model)
+    trainer = make_trainer(model, tmp_path, Items(4), stage=MI, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert changed(before, model) == set(stage_parameters(model, MI, "tools"))
+    with pytest.raises(ValueError, match="trains 'default', but active are \\['tools'\\]"):
+        make_trainer(model, tmp_path, Items(4), stage=MI)
+
+
+def test_a_model_with_a_loss_of_its_own_gets_whole_logits(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "bart",
+        vocab_size=300,
+        d_model=32,
+        decoder_layers=2,
+        decoder_ffn_dim=48,
+        decoder_attention_heads=4,
+        max_position_embeddings=64,
+        is_decoder=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    assert not takes_positions(model)
+    assert takes_positions(tiny_model())
+    trainer = make_trainer(model, tmp_path, Items(4), router_loss_weight=0.0)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("key", ["stage", "files"])
+def test_case_53_a_seal_without_a_key_is_no_seal(key: str, tmp_path: Path) -> None:
+    checkpoint = _complete_checkpoint(tmp_path, 1)
+    seal = json.loads((checkpoint / SEAL).read_text())
+    del seal[key]
+    (checkpoint / SEAL).write_text(json.dumps(seal))
+    assert not is_complete(checkpoint)
+    assert checkpoint_stage(checkpoint) is None
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_case_55_a_full_disk_at_a_checkpoint_is_named(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", refuse)
+    trainer = make_trainer(adapted_model(), tmp_path, Items(2), stage=MI, settings=SAVING)
+    with pytest.raises(WriteError, match=f"cannot write {tmp_path}: the disk is full"):
+        trainer.train()

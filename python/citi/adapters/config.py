@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
 from citi.adapters.adapter_file import (
     WEIGHTS_FILE,
@@ -153,7 +154,7 @@ class MoLoraConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> MoLoraConfig:
-        """As `PeftConfig.from_pretrained`; a local directory has its files checked first.
+        """As `PeftConfig.from_pretrained`, with the files of the directory, or hub copy, checked.
 
         The shapes found in the weights are held until the adapter is injected, so that weights that
         do not fit are refused while the model is still untouched.
@@ -162,8 +163,11 @@ class MoLoraConfig(PeftConfig):
             AdapterError: a file is damaged or has unknown keys.
         """
         directory = Path(pretrained_model_name_or_path, subfolder or "")
+        if not directory.is_dir():
+            download, _, _ = cls._split_kwargs(kwargs)
+            directory = _hub_copy(pretrained_model_name_or_path, subfolder, download)
         shapes = None
-        if directory.is_dir():
+        if directory is not None:
             saved = read_adapter_config(directory, {each.name for each in fields(cls)})
             if (directory / WEIGHTS_FILE).is_file():
                 shapes = read_adapter_shapes(directory, saved.get("weights_sha256"))
@@ -201,3 +205,17 @@ class MoLoraConfig(PeftConfig):
             key: sorted(value) if isinstance(value, set) else value
             for key, value in super().to_dict().items()
         }
+
+
+def _hub_copy(repository: str, subfolder: str | None, download: dict[str, Any]) -> Path | None:
+    """The local copy of a hub adapter's files; None without them, as PEFT itself will say.
+
+    PEFT asks for the same files, and finds them there.
+    """
+    found = None
+    for name in (CONFIG_NAME, WEIGHTS_FILE):
+        try:
+            found = hf_hub_download(repository, name, subfolder=subfolder, **download)
+        except (OSError, ValueError):  # not there, no network, or no name of a repository
+            break
+    return None if found is None else Path(found).parent

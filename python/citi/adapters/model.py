@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from citi.adapters.adapter_file import AdapterError, Shapes, compare_shapes
 from citi.adapters.config import MoLoraConfig
@@ -63,7 +64,7 @@ class MoLoraModel(BaseTuner):
     def _prepare_model(self, peft_config: MoLoraConfig, model: nn.Module) -> None:
         """Called by PEFT before the first module is replaced, for every adapter."""
         names = [name for name, config in self.peft_config.items() if config is peft_config]
-        _refuse_second_injection(model, names[0])
+        _refuse_second_injection(model, names[-1])  # PEFT has put the new one last
         if peft_config.base_fingerprint:
             _check_base(model, peft_config.base_fingerprint)
         read = peft_config.take_file_shapes()
@@ -73,6 +74,7 @@ class MoLoraModel(BaseTuner):
             _check_file(model, peft_config, *read)
         _refuse_absent_names(model, peft_config)
         _refuse_shared_components(model, peft_config)
+        _refuse_quantised_to_train(model, peft_config)
 
     def _create_and_replace(
         self,
@@ -279,6 +281,20 @@ def _refuse_shared_components(model: nn.Module, config: MoLoraConfig) -> None:
             f"adapter that the model has already, got {shared}; load the two adapters into two "
             "copies of the base model, or leave these components out of one"
         )
+
+
+def _refuse_quantised_to_train(model: nn.Module, config: MoLoraConfig) -> None:
+    """Quantised weights have no gradient; PEFT would say so half-way through its injection."""
+    saved = tuple(config.modules_to_save or ())
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not (saved and name.endswith(saved) and torch.is_tensor(weight)):
+            continue
+        if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight.data):
+            raise ValueError(
+                f"modules_to_save: {name} is quantised, so it cannot be trained whole; make the "
+                "plan with unimportant=0, or load the base unquantised"
+            )
 
 
 def _check_base(model: nn.Module, wanted: dict[str, Any]) -> None:

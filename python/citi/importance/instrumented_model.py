@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -58,6 +59,8 @@ def weight_getter(module: nn.Module, forward: Callable) -> Callable[[], Tensor] 
     """Gives the (N, K) weight if `forward` is x Wᵀ + b with it; None if it is something else."""
     function = getattr(forward, "__func__", None)
     if function not in (nn.Linear.forward, Conv1D.forward):
+        return None
+    if is_traceable_wrapper_subclass(module.weight):  # a quantised tensor under the plain forward
         return None
     if isinstance(module, Conv1D):
         return lambda: fetch(module, "weight").T

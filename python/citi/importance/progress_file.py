@@ -76,8 +76,13 @@ class ScoringProgress:
             self.save()
 
     def save(self) -> None:
-        """Write the file in one step, unless it holds the same. Raises: WriteError."""
-        if self._saved_batches == self._num_seen():
+        """Write the file in one step, unless it holds the same.
+
+        Totals that an interruption left with a part of a batch are not written: what was saved
+        last stands. Raises: WriteError.
+        """
+        is_whole = all(totals.is_whole for totals in self.totals.values())
+        if not is_whole or self._saved_batches == self._num_seen():
             return
         described, tensors = {}, {}
         for index, (name, totals) in enumerate(self.totals.items()):

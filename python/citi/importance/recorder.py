@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from citi.components import find_components
+from citi.components import find_components, split_layer
 from citi.importance.component_scores import ComponentScores
 from citi.importance.granularity import ESTIMATORS, ScoredComponent, score_shapes
 from citi.importance.instrumented_model import (
@@ -115,6 +115,8 @@ class ImportanceRecorder:
         if not is_retry:
             self._added: set[str] = set()
         self._uses: Counter[str] = Counter()
+        self._without_gradients: set[str] = set()
+        self._recomputed: set[str] = set()
         self._waiting: dict[str, list[Backward]] = defaultdict(list)
         self._touched: set[str] = set()
 
@@ -131,13 +133,14 @@ class ImportanceRecorder:
         """
         partials = self.collect()
         if partials is None:
-            self.totals.num_nonfinite += 1
+            self.totals.add_nonfinite()
             return False
         self.totals.add(partials, counts)
         return True
 
     def collect(self) -> Tensor | None:
         """This micro-batch's partial scores, one transfer per device; None if one is not finite."""
+        self._refuse_reentrant_checkpointing()
         for name in list(self._waiting):
             self._score_uses(name)
         by_device: dict[torch.device, list[str]] = defaultdict(list)
@@ -174,13 +177,11 @@ class ImportanceRecorder:
         return owners
 
     def _forward(self, name: str, module: nn.Module, forward: Callable, x: Tensor) -> Tensor:
+        is_recomputation = torch._C._current_graph_task_id() != -1
         if not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"component {name} ran with gradients off, so its score would be 0: the model uses "
-                "reentrant activation checkpointing or torch.no_grad() inside; use "
-                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": '
-                "False})"
-            )
+            self.totals.ran.add(name)
+            self._without_gradients.add(name)
+            return forward(x)
         scored = self.scored[name]
         weight = weight_getter(module, forward)
         if weight is None and self._needs_product(scored):
@@ -190,7 +191,9 @@ class ImportanceRecorder:
             )
         self.totals.ran.add(name)
         # Recomputed activations belong to a forward that was counted.
-        if torch._C._current_graph_task_id() == -1:
+        if is_recomputation:
+            self._recomputed.add(name)
+        else:
             self._uses[name] += 1
         needs_y = scored.by == "rows" and not self._needs_product(scored)
         return scored_linear(
@@ -202,6 +205,25 @@ class ImportanceRecorder:
             needs_dx=not needs_y and not self._needs_product(scored),
             needs_y=needs_y,
         )
+
+    def _refuse_reentrant_checkpointing(self) -> None:
+        """Raise RuntimeError where whole layers ran with gradients off, and would score 0.
+
+        Single components that a model runs under `torch.no_grad()` (the indexer of sparse
+        attention) have no gradient by design: they score 0 and are listed with the reason.
+        """
+        silent = self._without_gradients - set(self._uses)
+        if not silent:
+            return
+        heard = {split_layer(name)[0] for name in self.scored if name in self._uses}
+        for name in filter(silent.__contains__, self.scored):
+            if name in self._recomputed or split_layer(name)[0] not in heard:
+                raise RuntimeError(
+                    f"component {name} ran with gradients off, as its whole layer did, so its "
+                    "score would be 0: the model uses reentrant activation checkpointing or runs "
+                    "under torch.no_grad(); use gradient_checkpointing_enable("
+                    'gradient_checkpointing_kwargs={"use_reentrant": False})'
+                )
 
     def _forward_offloaded(self, module: nn.Module, forward: Callable, x: Tensor) -> Tensor:
         weight = weight_getter(module, forward)

@@ -153,7 +153,7 @@ class _ScoringPass:
             return
         partials = self._partials(batch)
         if partials is None:
-            totals.num_nonfinite += 1
+            totals.add_nonfinite()
             return
         totals.add(partials, BatchCounts(batch.num_samples, batch.num_tokens, batch.num_answers))
 

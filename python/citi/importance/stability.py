@@ -13,6 +13,7 @@ from torch import Tensor
 
 from citi.analysis import chance_jaccard
 from citi.importance.component_scores import ComponentScores, divisors_by_batch
+from citi.shares import num_most
 
 MIN_BATCHES = 8
 SMALLEST_SCORING = 4
@@ -117,7 +118,7 @@ def ranking_stability(
     if num_resamples < 1:
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}")
     num_batches, num_components = scores.by_batch.shape
-    num_chosen = _num_chosen(num_components, share)
+    num_chosen = num_most(num_components, share)
     by_name = sorted(range(num_components), key=list(scores).__getitem__)
     partials_BC = scores.by_batch.double()[:, by_name]
     divisors_BC = divisors_by_batch(scores.estimator, list(scores), scores.batch_counts)[:, by_name]
@@ -151,13 +152,9 @@ def stability_obstacle(scores: ComponentScores, share: float = 0.20) -> str | No
             f"scores must hold at least {MIN_BATCHES} scored batches, got {num_batches}; score "
             "more samples"
         )
-    if not (0 < share < 1 and 0 < _num_chosen(num_components, share) < num_components):
+    if not (0 < share < 1 and 0 < num_most(num_components, share) < num_components):
         return f"share must choose some of {num_components} components, not all, got {share!r}"
     return None
-
-
-def _num_chosen(num_components: int, share: float) -> int:
-    return num_components - int((1 - share) * num_components)
 
 
 def _sizes(num_batches: int) -> list[int]:

@@ -46,6 +46,7 @@ class ScoreTotals:
         self.by_batch: list[Tensor] = []
         self.counts: list[BatchCounts] = []
         self.num_empty = self.num_nonfinite = 0
+        self.is_whole = True
         self.ran: set[str] = set()
         self.reached: set[str] = set()
 
@@ -64,14 +65,22 @@ class ScoreTotals:
             self.elements[scored.name] = torch.zeros(scored.shape, dtype=self.element_dtype)
         # Moved once; a buffer that was read from a file starts on the host.
         self.elements[scored.name] = self.elements[scored.name].to(device)
+        self.is_whole = False
         return self.elements[scored.name]
 
     def add(self, partials: Tensor, counts: BatchCounts) -> None:
         """One batch's partial scores, (sum of sizes,) fp64 on the host, none negative."""
+        self.is_whole = False
         self.sums = self.sums + partials  # not in place: it may be an inference tensor
         of_components = [part.sum() for part in partials.split(self.sizes)]
         self.by_batch.append(torch.stack(of_components))
         self.counts.append(counts)
+        self.is_whole = True
+
+    def add_nonfinite(self) -> None:
+        """One batch that is skipped."""
+        self.num_nonfinite += 1
+        self.is_whole = True
 
     def joined(self, group: torch.distributed.ProcessGroup | None) -> ScoreTotals:
         """Those of all processes of the group, added in the order of ranks: the same on each."""
