@@ -178,3 +178,42 @@ def test_every_real_file_is_read_without_a_dropped_row():
         assert [verdict.name for verdict in report.formats] == ["chat record"]
         assert report.num_duplicate_ids == 0
         assert (report.num_without_answer > 0) == (entry["file"] == "mt_bench/eval.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        [{"name": "f", "arguments": {"a": 1}}],
+        [{"name": "f", "arguments": '{"a": 1}'}],
+        [{"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+        '[{"name": "f", "parameters": {"a": 1}}]',
+        {"name": "f", "arguments": {"a": 1}},
+    ],
+)
+@pytest.mark.parametrize("key", ["gold_calls", "possible_answer"])
+def test_wanted_calls_in_meta_take_one_form_whatever_their_spelling(tmp_path, stated, key):
+    path = _write(tmp_path / "g.jsonl", _lines({**ROW, key: stated}))
+    (sample,) = read_samples(path)
+    assert sample.meta[key] == [{"name": "f", "arguments": {"a": 1}}]
+    listing = [{"f": {"a": [1, 2], "b": [""]}}]
+    path = _write(tmp_path / "h.jsonl", _lines({**ROW, "meta": {key: listing}}, {**ROW, key: []}))
+    assert [sample.meta[key] for sample in read_samples(path)] == [listing, []]
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ([{"name": "f", "arguments": "a=1"}], "arguments is not valid JSON"),
+        ([{"name": "f", "arguments": [1]}], "the arguments of a tool call are not a JSON object"),
+        ([{"tool": "f", "arguments": {}}], "a tool call has no name"),
+        (["f(a=1)"], "gold_calls is not valid JSON"),
+        ([[]], "a tool call has no name"),
+        (7, "a tool call has no name"),
+    ],
+)
+def test_wanted_calls_that_cannot_be_compared_are_refused_by_file_and_line(
+    tmp_path, stated, message
+):
+    path = _write(tmp_path / "g.jsonl", _lines(ROW, {**ROW, "gold_calls": stated}))
+    with pytest.raises(DataError, match=rf"g\.jsonl:2: gold_calls: {message}; wanted a list"):
+        read_samples(path)

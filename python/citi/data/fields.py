@@ -88,6 +88,24 @@ def calls_of(value: object) -> tuple[dict, ...]:
     return tuple(calls)
 
 
+def wanted_calls(value: object) -> list[dict]:
+    """Calls to score against, as `calls_of` gives them; BFCL's listings stay as they are.
+
+    Raises: RowError for anything else.
+    """
+    value = parse_json(value, "gold_calls")
+    entries = [parse_json(e, "gold_calls") for e in (value if isinstance(value, list) else [value])]
+    return [entry if is_listing(entry) else calls_of([entry])[0] for entry in entries]
+
+
+def is_listing(entry: object) -> bool:
+    """Whether `entry` is a call of BFCL, whose arguments list what they accept."""
+    if not isinstance(entry, dict) or len(entry) != 1:
+        return False
+    (arguments,) = entry.values()
+    return isinstance(arguments, dict) and all(isinstance(v, list) for v in arguments.values())
+
+
 def message_of(turn: object) -> Message:
     """One turn, with the keys of OpenAI (`role, content`) or of ShareGPT (`from, value`)."""
     if not isinstance(turn, dict):

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from citi.data.fields import Conversation, RowError
+from citi.data.fields import Conversation, RowError, wanted_calls
 from citi.data.formats import FORMATS, Format, detect
 from citi.data.report import DataReport, Findings
 from citi.data.sample import GENERAL, TOOL, DataError, Sample
@@ -50,7 +50,7 @@ def read_data(
         seed: see `max_samples`.
     Returns: the samples and the report.
     Raises: DataError naming file and line: no such file, not JSON, cut short, no known format,
-        nothing usable in it.
+        gold calls that nothing can be compared with, nothing usable in it.
     """
     path = Path(path)
     if task_type not in (None, GENERAL, TOOL):
@@ -167,6 +167,9 @@ def _sample(
     last = messages[-1]
     if last.role == "assistant" and not (last.content.strip() or last.tool_calls):
         raise RowError("the answer is empty")
+    for key in ("gold_calls", "possible_answer"):
+        if meta.get(key) is not None:
+            meta[key] = _wanted_calls(meta[key], f"{place}: {key}")
     if last.tool_calls and not {"gold_calls", "possible_answer"} & meta.keys():
         meta["gold_calls"] = list(last.tool_calls)
     kind = _task_type(row, conversation, task_type=task_type, place=place)
@@ -180,6 +183,16 @@ def _sample(
         meta=meta,
         source=place,
     )
+
+
+def _wanted_calls(value: object, place: str) -> list[dict]:
+    try:
+        return wanted_calls(value)
+    except RowError as error:
+        raise DataError(
+            f"{place}: {error}; wanted a list of "
+            f"{{'name': str, 'arguments': dict}}, got {str(value)[:100]}"
+        ) from error
 
 
 def _task_type(row: dict, conversation: Conversation, *, task_type: int | None, place: str) -> int:
