@@ -277,6 +277,38 @@ def test_bfcl_question_alone_has_no_answer_and_with_truth_the_first_values(tmp_p
     )
 
 
+def test_bfcl_references_take_the_first_values_inside_objects_and_lists_too(tmp_path):
+    truth = [
+        {
+            "fetch": {
+                "where": [{"school": ["High", "HS"], "level": ["", 2], "note": [], "n": [3]}],
+                "rows": [[{"field": ["age"], "value": [[1, 2], [1]]}, {"field": ["job", "work"]}]],
+                "table": [[[1, 2], [3, 4]]],
+                "deep": [{"in": [{"unit": ["cm", "m"], "by": ["", 1]}]}],
+                "none": [{}, ""],
+            }
+        }
+    ]
+    row = {"question": [{"role": "user", "content": "?"}], "function": [], "ground_truth": truth}
+    (sample,), _ = _read(tmp_path, row)
+    (call,) = sample.messages[-1].tool_calls
+    assert call["arguments"] == {
+        "where": {"school": "High", "n": 3},
+        "rows": [{"field": "age", "value": [1, 2]}, {"field": "job"}],
+        "table": [[1, 2], [3, 4]],
+        "deep": {"in": {"unit": "cm"}},
+    }
+    assert sample.meta["possible_answer"] == truth
+
+
+@pytest.mark.parametrize("truth", [[{"f": {"a": 1}}], [{"name": "f", "arguments": {}}]])
+def test_bfcl_rows_whose_truth_lists_no_values_are_dropped_and_counted(tmp_path, truth):
+    good = {"prompt": "p", "completion": "c"}
+    bad = {"question": [{"role": "user", "content": "?"}], "function": [], "ground_truth": truth}
+    _, report = _read(tmp_path, good, bad)
+    assert list(report.dropped) == ["ground_truth is not a list of {name: {argument: [values]}}"]
+
+
 def test_bfcl_multi_turn_rows_are_dropped_and_counted(tmp_path):
     good = {"prompt": "p", "completion": "c"}
     bad = {"question": [[{"role": "user", "content": "a"}]] * 2, "function": []}

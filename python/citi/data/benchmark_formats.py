@@ -7,6 +7,7 @@ from citi.data.fields import (
     RowError,
     calls_of,
     exchange,
+    is_listing,
     messages_of,
     parse_json,
     text_of,
@@ -113,8 +114,9 @@ def _tool_alpaca_dialogue(instance: dict) -> tuple[Message, ...]:
 def from_bfcl(row: dict) -> list[Conversation]:
     """`question, function` (+ `ground_truth`): single-turn questions of the Berkeley leaderboard.
 
-    The reference takes the first accepted value of each argument; optional arguments (those
-    that accept "" or list nothing) are left out. `meta.possible_answer` keeps all accepted values.
+    The reference takes the first accepted value of each argument, and of each key of the objects
+    among them; what is optional (what accepts "" or lists nothing) is left out.
+    `meta.possible_answer` keeps all accepted values.
     """
     question = parse_json(row["question"], "question")
     turns = question if question and isinstance(question[0], list) else [question]
@@ -124,14 +126,26 @@ def from_bfcl(row: dict) -> list[Conversation]:
     meta = dict(row.get("meta") or {})
     truth = parse_json(row.get("ground_truth", row.get("possible_answer")), "ground_truth")
     if truth:
+        if not all(map(is_listing, truth)):
+            raise RowError("ground_truth is not a list of {name: {argument: [values]}}")
         meta["possible_answer"] = truth
         calls = tuple(
-            {"name": name, "arguments": {k: v[0] for k, v in accepted.items() if v and "" not in v}}
+            {"name": name, "arguments": _first_accepted(accepted)}
             for call in truth
             for name, accepted in call.items()
         )
         messages = (*messages, Message("assistant", "", calls))
     return [Conversation(messages, tools_of(row["function"]), meta)]
+
+
+def _first_accepted(value: object) -> object:
+    """A value with the first accepted value under each key of its objects."""
+    if isinstance(value, list):
+        return [_first_accepted(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    lists = {key: v if isinstance(v, list) else [v] for key, v in value.items()}
+    return {key: _first_accepted(v[0]) for key, v in lists.items() if v and "" not in v}
 
 
 def from_xlam(row: dict) -> list[Conversation]:
