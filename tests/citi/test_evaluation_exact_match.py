@@ -64,3 +64,13 @@ def test_an_accepted_answer_of_articles_alone_is_never_found():
 )
 def test_without_something_to_compare_with_there_is_no_verdict(meta):
     assert is_right("18", make_sample(**meta)) is None
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", ""])
+def test_what_was_thought_is_not_the_answer(opening):
+    thought = f"{opening}The answer is: 17, as Octopussy would say.\n</think>\n\n"
+    assert is_right(thought + "It is 18.", make_sample(answer="18"))
+    assert not is_right(thought + "It is 18.", make_sample(answer="17"))
+    assert not is_right(thought + "Moonraker", make_sample(answers=["Octopussy"]))
+    assert is_right(thought + "Moonraker", make_sample(answers=["Moonraker"]))
+    assert not is_right("<think>Is it 18", make_sample(answer="18"))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 
 from citi.data.sample import Sample
+from citi.evaluation.thoughts import without_thoughts
 
 _SIGN = r"(?:(?<![\w)])-)?\$?"
 _NUMBER = rf"{_SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?|\.\d+)"
@@ -19,13 +20,14 @@ def is_right(answer: str, sample: Sample) -> bool | None:
     """Judges a generated answer by what the sample's meta holds.
 
     Args:
-        answer: the generated text.
+        answer: the generated text; thoughts (`<think>...</think>`) in it are not judged.
         sample: `meta.answers` (a list of accepted answers: knowledge) or `meta.answer` (a number:
             arithmetic) says what is right.
 
     Returns:
         True or False; None where meta holds neither, so that there is nothing to compare with.
     """
+    answer = without_thoughts(answer)
     accepted = sample.meta.get("answers")
     if isinstance(accepted, (list, tuple)) and accepted:
         return holds_any(answer, accepted)
