@@ -25,11 +25,13 @@ class WantedCall:
         name: the tool's name.
         arguments: the accepted values of each argument.
         optional: the arguments that may be left out.
+        listed: whether objects among the values list, by key, what they accept (BFCL).
     """
 
     name: str
     arguments: Mapping[str, Sequence[Any]]
     optional: frozenset[str] = frozenset()
+    listed: bool = False
 
     @classmethod
     def from_gold(cls, entry: Mapping[str, Any]) -> WantedCall:
@@ -46,7 +48,7 @@ class WantedCall:
                 isinstance(values, list) for values in arguments.values()
             ):
                 optional = frozenset(k for k, vs in arguments.items() if not vs or "" in vs)
-                return cls(name, arguments, optional)
+                return cls(name, arguments, optional, listed=True)
         raise ValueError(
             "gold: wanted {'name': str, 'arguments': dict} or BFCL's {name: {argument: [values]}}, "
             f"got {str(entry)[:200]}"
@@ -54,8 +56,9 @@ class WantedCall:
 
     def num_right(self, call: ToolCall) -> int:
         """How many of the wanted arguments `call` gives with an accepted value."""
+        right = accepts if self.listed else equal
         return sum(
-            key in call.arguments and any(accepts(value, call.arguments[key]) for value in values)
+            key in call.arguments and any(right(value, call.arguments[key]) for value in values)
             for key, values in self.arguments.items()
         )
 
@@ -77,8 +80,12 @@ def canonical(value: Any) -> tuple:
     """A value in the form in which two spellings of it are equal (see `score_tool_calls`)."""
     if value is None or isinstance(value, bool):
         return ("constant", value)
-    if isinstance(value, (int, float)):
-        return ("number", Fraction(value)) if math.isfinite(value) else ("text", repr(value))
+    if isinstance(value, float):
+        # By its decimal spelling: 0.1 is the number that '0.1' says, not the double next to it.
+        written = repr(float(value))
+        return ("number", Fraction(written)) if math.isfinite(value) else ("text", written)
+    if isinstance(value, int):
+        return ("number", Fraction(value))
     if isinstance(value, Mapping):
         pairs = {str(key): canonical(item) for key, item in value.items()}
         return ("object", tuple(sorted(pairs.items(), key=lambda pair: pair[0])))
@@ -87,21 +94,42 @@ def canonical(value: Any) -> tuple:
     return _canonical_text(" ".join(str(value).split()))
 
 
+def equal(wanted: Any, given: Any) -> bool:
+    """Whether two values are one value in two spellings."""
+    return canonical(wanted) == canonical(given)
+
+
 def accepts(wanted: Any, given: Any) -> bool:
-    """Whether `given` is `wanted`; in BFCL's objects each key lists its accepted values."""
-    if canonical(wanted) == canonical(given):
-        return True
+    """Whether `given` is what BFCL's `wanted` describes.
+
+    In an object each key lists its accepted values, and `""` among them says that the key may be
+    left out. The listing itself is not a right value.
+    """
+    if not _holds_object(wanted):
+        return equal(wanted, given)
     given = _structure(given)
-    if isinstance(wanted, list) and isinstance(given, list):
-        return len(wanted) == len(given) and all(map(accepts, wanted, given))
-    if not (isinstance(wanted, Mapping) and isinstance(given, Mapping)):
+    if isinstance(wanted, list):
+        return (
+            isinstance(given, list)
+            and len(wanted) == len(given)
+            and all(map(accepts, wanted, given))
+        )
+    if not isinstance(given, Mapping):
         return False
     lists = {
         key: values if isinstance(values, list) else [values] for key, values in wanted.items()
     }
     return all(key in lists for key in given) and all(
-        any(accepts(value, given[key]) for value in values) if key in given else "" in values
+        any(accepts(value, given[key]) for value in values)
+        if key in given
+        else not values or "" in values
         for key, values in lists.items()
+    )
+
+
+def _holds_object(value: Any) -> bool:
+    return isinstance(value, Mapping) or (
+        isinstance(value, list) and any(map(_holds_object, value))
     )
 
 
