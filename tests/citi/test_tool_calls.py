@@ -84,6 +84,35 @@ WELL_FORMED = {
         '<tool_call>{"name": "g", "arguments": "{\\"a\\": 1}"}</tool_call>',
         [("f", {}), ("g", {"a": 1})],
     ),
+    "two_hermes_calls_in_one_tag": (
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n{"name": "g", "arguments": {}}\n'
+        "</tool_call>",
+        [("f", {"a": 1}), ("g", {})],
+    ),
+    "hermes_with_pythons_quotes": (
+        """<tool_call>\n{'arguments': {'a': "it's", 'b': None}, 'name': 'f'}\n</tool_call>""",
+        [("f", {"a": "it's", "b": None})],
+    ),
+    "names_of_several_words": (
+        '[Market Trends API(trend_type="X", country="us"), Get All()]',
+        [("Market Trends API", {"trend_type": "X", "country": "us"}), ("Get All", {})],
+    ),
+    "a_marker_in_a_request": (
+        "Yes. API-Request: [f(q='API request: [g()]', n=1)]",
+        [("f", {"q": "API request: [g()]", "n": 1})],
+    ),
+    "a_marker_in_a_list": (
+        """[f(q="API-Request: [g()] <tool_call>{'name': 'g'}</tool_call>")]""",
+        [("f", {"q": "API-Request: [g()] <tool_call>{'name': 'g'}</tool_call>"})],
+    ),
+    "a_marker_in_json": (
+        'Here: {"name": "f", "arguments": {"q": "API request: now"}}.',
+        [("f", {"q": "API request: now"})],
+    ),
+    "a_tag_before_the_calls": (
+        "I use no <tool_call>here</tool_call>.\nAPI-Request: [f(a=1)]",
+        [("f", {"a": 1})],
+    ),
     "bare_json": ('{"name": "f", "arguments": {"city": "Zürich"}}', [("f", {"city": "Zürich"})]),
     "fenced_json_list": (
         '```json\n[{"name": "f", "parameters": {"a": 1}}, {"name": "g", "arguments": {}}]\n```',
@@ -120,9 +149,14 @@ DAMAGED = {
     ),
     "json_in_the_request": ('API-Request: {"name": "f", "arguments": {}}', [("f", {})]),
     "tag_not_closed": ('<tool_call>{"name": "f", "arguments": {"a": 1}}', [("f", {"a": 1})]),
-    "tag_with_python": (
-        "<tool_call>{'name': 'f', 'arguments': {'a': 1}}</tool_call>",
+    "tag_with_python_not_closed": (
+        "<tool_call>{'name': 'f', 'arguments': {'a': 1}}",
         [("f", {"a": 1})],
+    ),
+    "tag_with_words": ("<tool_call>{name: f, arguments: {a: 1}}</tool_call>", [("f", {"a": 1})]),
+    "cut_list_of_several_words": (
+        '[Market Trends API(trend_type="X", country="u',
+        [("Market Trends API", {"trend_type": "X", "country": "u"})],
     ),
     "tag_without_a_call": ("<tool_call>later</tool_call>", []),
     "cut_json": ('{"name": "f", "arguments": {"a": 1', [("f", {})]),
@@ -143,6 +177,9 @@ NO_CALL = [
     "x[stack.pop()] and [see Foo (2020)]",
     "Verb: wrote\nAction: writing.",
     "((((([[[[[{{{{{",
+    "[link text foo(a=1)] more",
+    "See [link text foo(a=1)] more",
+    "please call:me{",
 ]
 
 
@@ -166,6 +203,24 @@ def test_case_57_empty_and_ordinary_text_holds_no_call(text):
     assert not parse_tool_calls(text).well_formed
 
 
+TAGGED = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+
+
+@pytest.mark.parametrize("thought", [TAGGED.replace("f", "g"), "API-Request: [g()]", "[g(a=1)] or"])
+def test_a_call_considered_in_a_thought_is_not_made(thought):
+    for opening in ("<think>\n", ""):  # the prompt may have opened the thought
+        for answer in (TAGGED, "API-Request: [f(a=1)]", "[f(a=1)]"):
+            assert found(f"{opening}{thought}\n</think>\n\n{answer}") == [("f", {"a": 1})]
+        assert found(f"{opening}{thought}</think>I cannot do that.") == []
+    assert found(f"<think>{thought} and then") == []
+
+
+@pytest.mark.parametrize("answer", [TAGGED, "API-Request: [f(a=1)]", "[f(a=1)]"])
+def test_the_end_of_a_thought_in_a_string_of_a_call_is_text(answer):
+    answer = answer.replace("1", '"</think>"')
+    assert found(answer) == [("f", {"a": "</think>"})]
+
+
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.text(alphabet=st.sampled_from(list("[](){}<>='\"\\,:. \n1aT-")), max_size=60).flatmap(
@@ -177,6 +232,12 @@ def test_case_57_empty_and_ordinary_text_holds_no_call(text):
                 'x{"name": "f", "arguments":',
                 "Action: f\nAction Input:",
                 "[f(",
+                "<functioncall> {",
+                "<tool_call><function=f><parameter=a>",
+                "<tool_call>f<arg_key>",
+                "call:f{a:",
+                "to=functions.f json{",
+                "<think>",
             ]
         ).map(lambda head: head + tail)
     )
@@ -198,6 +259,15 @@ REPEATED = [
     "'",
     "a='b', '",
     "a" * 400 + "(",
+    "<tool_call><function=f>",
+    "<tool_call><function=f><parameter=a></parameter>",
+    "<tool_call>f\n<arg_key>a</arg_key><arg_value>",
+    "<functioncall>",
+    "call:f{a:",
+    "to=functions.f json{",
+    "</think></tool_call>",
+    "API request: [f(a='",
+    "[f a(",
 ]
 
 

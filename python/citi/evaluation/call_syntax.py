@@ -81,7 +81,7 @@ class CallReader:
         self.position = position
         self.clean = True
 
-    def call_list(self) -> tuple[ToolCall, ...]:
+    def call_list(self) -> list[ToolCall]:
         """Reads `[f(a=1), g()]`; a missing closing bracket clears `clean`.
 
         Raises:
@@ -96,12 +96,12 @@ class CallReader:
             self._skip_space(", \t\r\n;")
             if self._peek() == "]":
                 self.position += 1
-                return tuple(calls)
+                return calls
             try:
                 calls.append(self.call())
             except UnreadableError:
                 self.clean = False
-                return tuple(calls)
+                return calls
 
     def call(self) -> ToolCall:
         """Reads `Name(key=value, ...)`; an argument without a key is skipped and clears `clean`.
@@ -133,6 +133,17 @@ class CallReader:
     def value(self) -> Any:
         """Reads one JSON or Python value: string, number, word, list or dict."""
         return self._value(_ITEM)
+
+    def object(self) -> dict[str, Any]:
+        """Reads `{key: value, ...}`, whatever stands behind it.
+
+        Raises:
+            UnreadableError: no object stands here.
+        """
+        self._skip_space()
+        if self._peek() != "{":
+            raise UnreadableError("no '{'")
+        return self._bracketed(depth=1)
 
     def _skip_argument(self) -> None:
         """Moves past an argument without a key, at least one character."""

@@ -1,11 +1,17 @@
 """Finds tool calls in generated text and compares them with the wanted ones.
 
-Formats, tried in this order:
-    Hermes      <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>
+Formats, tried in this order, after thoughts (`<think>...</think>`) are left out:
+    alone       an answer that is one call list or one JSON value from end to end
+    tagged      <tool_call> with JSON {"name": "f", "arguments": {"a": 1}} (Hermes), with
+                <function=f><parameter=a> (Qwen3.5) or with f<arg_key>a</arg_key> (GLM-4.5)
+    Glaive      <functioncall> {"name": "f", "arguments": '{"a": 1}'}
+    Gemma 4     call:f{a:1}
+    gpt-oss     to=functions.f<|channel|>commentary json<|message|>{"a": 1}
     API-Bank    API-Request: [f(a='1'), g()]
     ToolAlpaca  Action: f / Action Input: {"a": 1}
     JSON        {"name": "f", "arguments": {...}}, a list of them, OpenAI's `tool_calls`
-    Python      [f(a=1), g()] (BFCL)
+    Python      [f(a=1), g()] (BFCL, ToolACE)
+The first format in which a call is found is taken.
 
 Calls are read, never run: neither `eval` nor any model code is executed here (RELIABILITY case 58
 is about evaluations that do). Text before and after the calls is allowed.
@@ -13,11 +19,8 @@ is about evaluations that do). Text before and after the calls is allowed.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from citi.data.sample import Sample
@@ -27,25 +30,30 @@ from citi.evaluation.call_matching import (
     matched_arguments,
     names_agree,
 )
-from citi.evaluation.call_syntax import CallReader, ToolCall, UnreadableError
+from citi.evaluation.call_syntax import ToolCall
+from citi.evaluation.json_calls import calls_of_json, json_calls, json_object
+from citi.evaluation.tagged_calls import gemma_calls, glaive_calls, harmony_calls, tagged_calls
+from citi.evaluation.text_calls import (
+    action_name,
+    actions,
+    api_requests,
+    calls_alone,
+    python_calls,
+)
+from citi.evaluation.thoughts import without_thoughts
 
-_MAX_LISTS = 20
 SCORES = ("format", "name", "arguments", "exact")
 
-_HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
-_END_OF_HERMES = re.compile(r"\s*(</tool_call>|(?=<tool_call>)|\Z)")
-_API_REQUEST = re.compile(r"API[- _]?Requests?\s*:", re.IGNORECASE)
-_ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.*?)[ \t]*$", re.MULTILINE)
-_ACTION_INPUT = re.compile(r"^\s*Action[ _]Input:(.*)", re.DOTALL)
-_ANY_INPUT = re.compile(r"^\s*Action[ _]Input:", re.MULTILINE)
-_AFTER_ACTION = re.compile(r"^\s*(?:Observation|Thought|Response|Final Answer):", re.MULTILINE)
-_OPTIONAL = re.compile(r"^\[Optional\]\s*")
-_JSON_START = re.compile(r"\[\s*\{\s*\"|\{\s*\"")
-_JSON_CALL = re.compile(
-    r"\{\s*\"name\"\s*:\s*\"([^\"\n]+)\"\s*,\s*\"(?:arguments|parameters)\"", re.DOTALL
+_READERS = (
+    tagged_calls,
+    glaive_calls,
+    gemma_calls,
+    harmony_calls,
+    api_requests,
+    actions,
+    json_calls,
+    python_calls,
 )
-_LIST_START = re.compile(r"(?<![\w)\]])\[\s*\w[\w.-]{0,150}\(")
-_BARE_CALLS = re.compile(r"[A-Za-z_][\w.]{0,150}\(")
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,14 @@ def parse_tool_calls(text: str) -> ParsedCalls:
     Returns:
         the calls; `ParsedCalls((), False)` where there is none.
     """
-    for read in (_hermes, _api_requests, _actions, _json_calls, _python_calls):
-        found = read(text)
-        if found is not None:
-            calls, clean = found
-            return ParsedCalls(tuple(calls), bool(calls) and clean)
+    calls, clean = calls_alone(text)
+    if calls:
+        return ParsedCalls(tuple(calls), clean)
+    answer = without_thoughts(text)
+    for read in _READERS:
+        calls, clean = read(answer)
+        if calls:
+            return ParsedCalls(tuple(calls), clean)
     return ParsedCalls((), False)
 
 
@@ -140,159 +151,12 @@ def gold_calls_of(sample: Sample) -> list[dict[str, Any]] | None:
     if meta.get("golden_answer"):
         return [_golden_action(step) for step in meta["golden_answer"]]
     if last.tool_calls:
-        calls, _ = _calls_of_json(list(last.tool_calls))
-        return [_as_dict(call) for call in calls]
+        return _as_dicts(calls_of_json(list(last.tool_calls))[0])
     written = parse_tool_calls(last.content).calls
     stated = meta.get("gold_calls")
     if written:
         return list(stated) if stated and len(stated) == len(written) else _as_dicts(written)
     return [] if stated == [] else None
-
-
-_Found = tuple[Iterable[ToolCall], bool] | None
-
-
-def _hermes(text: str) -> _Found:
-    """Tagged JSON objects; a missing closing tag is not well-formed."""
-    if _HERMES.search(text) is None:
-        return None
-    calls: list[ToolCall] = []
-    clean, position = True, 0
-    decoder = json.JSONDecoder()
-    while (block := _HERMES.search(text, position)) is not None:
-        try:  # JSON first: its strings may hold a tag
-            value, end = decoder.raw_decode(text, block.start(1))
-            closing = _END_OF_HERMES.match(text, end)
-        except (ValueError, RecursionError):
-            closing = None
-        if closing is not None:
-            found, good = _calls_of_json(value, tagged=True)
-            good &= closing[1] == "</tool_call>"
-            position = closing.end()
-        else:
-            found, good = _calls_of_json(CallReader(block[1]).value(), tagged=True)[0], False
-            position = block.end()
-        calls.extend(found)
-        clean &= good and bool(found)
-    return calls, clean
-
-
-def _api_requests(text: str) -> _Found:
-    """One call list after each `API-Request:`; calls without brackets are not well-formed."""
-    marks = list(_API_REQUEST.finditer(text))
-    if not marks:
-        return None
-    calls: list[ToolCall] = []
-    clean = True
-    for index, mark in enumerate(marks):
-        end = marks[index + 1].start() if index + 1 < len(marks) else len(text)
-        reader = CallReader(text[mark.end() : end])
-        try:
-            calls.extend(reader.call_list())
-            clean &= reader.clean
-        except UnreadableError:
-            clean = False
-            found = _json_calls(reader.text) or _bare_calls(reader.text.strip())
-            calls.extend(found[0] if found else ())
-    return calls, clean
-
-
-def _actions(text: str) -> _Found:
-    """`Action:` / `Action Input:` line pairs; a missing input is not well-formed."""
-    marks = list(_ACTION.finditer(text))
-    if not marks or not _ANY_INPUT.search(text):
-        return None
-    calls: list[ToolCall] = []
-    clean = True
-    for index, mark in enumerate(marks):
-        end = marks[index + 1].start() if index + 1 < len(marks) else len(text)
-        written = _ACTION_INPUT.match(_AFTER_ACTION.split(text[mark.end() : end])[0])
-        arguments, good = _json_object(written[1] if written else "")
-        name = _OPTIONAL.sub("", mark[1]).strip("`\"' ")
-        calls.extend([ToolCall(name, arguments)] if name else [])
-        clean &= good and bool(name)
-    return calls, clean
-
-
-def _json_calls(text: str) -> _Found:
-    """JSON values that describe calls, anywhere in the text."""
-    calls: list[ToolCall] = []
-    clean, position = True, 0
-    decoder = json.JSONDecoder()
-    while (start := _JSON_START.search(text, position)) is not None:
-        try:
-            value, position = decoder.raw_decode(text, start.start())
-        except (ValueError, RecursionError):
-            position = start.start() + 1
-            continue
-        found, good = _calls_of_json(value)
-        calls.extend(found)
-        clean &= good or not found
-    if calls:
-        return calls, clean
-    damaged = _JSON_CALL.search(text)
-    if damaged is None:
-        return None
-    value = CallReader(text, damaged.start()).value()
-    found = _calls_of_json(value)[0] if isinstance(value, dict) else []
-    return found or [ToolCall(damaged[1].strip())], False
-
-
-def _python_calls(text: str) -> _Found:
-    """`[f(a=1), ...]` anywhere, or an answer that is nothing but calls without brackets."""
-    for start in islice(_LIST_START.finditer(text), _MAX_LISTS):
-        reader = CallReader(text, start.start())
-        calls = reader.call_list()
-        opens_text = not text[: start.start()].strip()
-        if reader.clean or (opens_text and any(call.arguments for call in calls)):
-            return calls, reader.clean
-    found = _bare_calls(text.strip() + "]")
-    return (found[0], False) if found and found[1] else None
-
-
-def _bare_calls(text: str) -> _Found:
-    """Calls without the opening bracket, where the text starts with one."""
-    if _BARE_CALLS.match(text) is None:
-        return None
-    reader = CallReader("[" + text)
-    return reader.call_list(), reader.clean and reader.position == len(reader.text)
-
-
-def _calls_of_json(value: Any, *, tagged: bool = False) -> tuple[list[ToolCall], bool]:
-    """The calls that a JSON value describes, and whether all of it does.
-
-    `tagged`: the surroundings already say that this is a call, so arguments may be absent.
-    """
-    if isinstance(value, list):
-        parts = [_calls_of_json(item, tagged=tagged) for item in value]
-        calls = [call for part in parts for call in part[0]]
-        return calls, bool(calls) and all(good for _, good in parts)
-    if not isinstance(value, dict):
-        return [], False
-    for wrapper in ("tool_calls", "function_call", "function"):
-        if isinstance(value.get(wrapper), (dict, list)):
-            return _calls_of_json(value[wrapper], tagged=tagged)
-    keys = [key for key in ("arguments", "parameters") if key in value]
-    name = value.get("name")
-    if not isinstance(name, str) or not name.strip() or not (keys or tagged):
-        return [], False
-    arguments = value[keys[0]] if keys else None
-    if isinstance(arguments, str):
-        arguments, good = _json_object(arguments)
-        return [ToolCall(name.strip(), arguments)], good
-    good = isinstance(arguments, dict)
-    return [ToolCall(name.strip(), dict(arguments) if good else {})], good
-
-
-def _json_object(text: str) -> tuple[dict[str, Any], bool]:
-    """The object that `text` spells, strictly or tolerantly, and whether it is one."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        reader = CallReader(text.strip())
-        value = reader.value()
-        return (value, reader.clean) if isinstance(value, dict) else ({}, False)
-    return (value, True) if isinstance(value, dict) else ({}, False)
 
 
 def _as_dict(call: ToolCall) -> dict[str, Any]:
@@ -305,5 +169,5 @@ def _as_dicts(calls: Iterable[ToolCall]) -> list[dict[str, Any]]:
 
 def _golden_action(step: Mapping[str, str]) -> dict[str, Any]:
     """ToolAlpaca's step; what it marks optional is wanted like the rest."""
-    name = _OPTIONAL.sub("", step["Action"]).strip()
-    return {"name": name, "arguments": _json_object(step["Action_Input"])[0]}
+    name = action_name(step["Action"])
+    return {"name": name, "arguments": json_object(step["Action_Input"])[0]}
