@@ -17,6 +17,7 @@ from citi.evaluation.exact_match import is_right
 from citi.evaluation.generate import generate_answers, prompt_room
 from citi.evaluation.inference import Progress
 from citi.evaluation.likelihood import answer_nll
+from citi.evaluation.readback import num_unreadable
 from citi.evaluation.rouge import NO_ROUGE, rouge_l
 from citi.evaluation.tool_calls import SCORES, gold_calls_of, score_tool_calls
 from citi.positions import length_limit
@@ -156,6 +157,11 @@ class _Measure:
         """Answers a tool set and scores it."""
         samples = self._some(name, samples, self.settings.max_tool_samples)
         samples, _ = self._rendered(name, samples, self.renderer.render_prompt)
+        if unreadable := num_unreadable(self.model, self.tokenizer, samples):
+            self.notes.append(
+                f"{name}: {unreadable} references of this set cannot be read back in the "
+                "template's call form: a right answer to them scores less than 1"
+            )
         texts = self._generate(name, samples)
         scored: list[dict[str, float]] = []
         responses: list[tuple[str, str]] = []
