@@ -162,6 +162,12 @@ class Recipe:
         ]
 
 
+DEFAULTS = {
+    spec.name: {} if spec.default is dataclasses.MISSING else spec.default
+    for spec in dataclasses.fields(Recipe)
+}
+
+
 def load_recipe(
     path: str | Path, overrides: Iterable[str] = (), *, check_files: bool = True
 ) -> Recipe:
@@ -198,6 +204,11 @@ def load_recipe(
     return recipe
 
 
+def recipe_keys(path: Path) -> set[str]:
+    """The keys that a recipe file states. Raises: RecipeError when it cannot be read."""
+    return set(_read_yaml(path))
+
+
 def template(
     model: str,
     tool: Sequence[str] | Mapping[str, str],
@@ -212,8 +223,7 @@ def template(
     given |= {"eval_tool": eval_tool or {}, "eval_general": eval_general or {}}
     lines = ["# A CITI recipe: `citi train` runs it, and run again resumes it."]
     for spec in dataclasses.fields(Recipe):
-        default = spec.default if spec.default is not dataclasses.MISSING else {}
-        value = given.get(spec.name, default)
+        value = given.get(spec.name, DEFAULTS[spec.name])
         if not isinstance(value, str | Mapping | int | float | None):
             value = list(value)
         if isinstance(value, Mapping):

@@ -13,7 +13,7 @@ from pathlib import Path
 from citi.durable import recover_directory, write_text
 from citi.importance.progress_file import remove_progress
 from citi.manifest import Manifest, digest_files, digest_of
-from citi.recipe import Recipe, RecipeError, load_recipe
+from citi.recipe import DEFAULTS, Recipe, RecipeError, load_recipe, recipe_keys
 from citi.stages import STAGES, Stage
 
 # Phases whose results depend on neither recipe nor data.
@@ -127,6 +127,8 @@ def open_run(recipe: Recipe, *, write: bool = True) -> Manifest:
     identity = digest_of(recipe.identity())
     digests = digest_files(recipe.data_files)
     manifest = Manifest.load(run.manifest_file)
+    if manifest is not None and is_recipe_of(run, recipe, manifest):
+        manifest.recipe_sha256 = identity  # an older version's knew fewer keys
     wanted = (identity, digests)
     begins_anew = manifest is None or (manifest.recipe_sha256, manifest.data_sha256) != wanted
     if manifest is None or not manifest.phases.keys() - _INDEPENDENT:
@@ -140,11 +142,29 @@ def open_run(recipe: Recipe, *, write: bool = True) -> Manifest:
     if write:
         if begins_anew:
             remove_progress(run.importance_progress)
-        write_text(run.recipe_file, recipe.dump())
         manifest.save()
+        write_text(run.recipe_file, recipe.dump())
         for folder in (run.adapter, *(run.stage(stage) for stage in STAGES)):
             recover_directory(folder)
     return manifest
+
+
+def is_recipe_of(run: RunDirectory, recipe: Recipe, manifest: Manifest) -> bool:
+    """Whether the run's manifest is of this recipe.
+
+    A run of an older version, whose recipe file lacks keys, is of a recipe that has their defaults.
+    """
+    identity = recipe.identity()
+    if digest_of(identity) == manifest.recipe_sha256:
+        return True
+    try:
+        known = recipe_keys(run.recipe_file)
+    except RecipeError:
+        return False
+    if any(identity[key] != DEFAULTS[key] for key in identity.keys() - known):
+        return False
+    older = {key: value for key, value in identity.items() if key in known}
+    return digest_of(older) == manifest.recipe_sha256
 
 
 def _changes(

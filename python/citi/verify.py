@@ -17,11 +17,11 @@ from citi.adapters.adapter_file import (
 )
 from citi.evaluation.inference import device_of, inference
 from citi.importance.ability_scores import AbilityScores
-from citi.manifest import Manifest, digest_files, digest_of
+from citi.manifest import Manifest, digest_files
 from citi.plan import Plan, make_plan
 from citi.recipe import Recipe
 from citi.report import read_results
-from citi.run_directory import RunDirectory
+from citi.run_directory import RunDirectory, is_recipe_of
 from citi.run_model import load_run
 from citi.stages import STAGES, Stage
 
@@ -89,7 +89,7 @@ class _Look:
         return [_finding(part, look) for part, look in parts]
 
     def at_recipe(self) -> None:
-        if digest_of(self.recipe.identity()) != self.manifest.recipe_sha256:
+        if not is_recipe_of(self.run, self.recipe, self.manifest):
             raise ValueError(f"{self.run.recipe_file.name} was edited after the run began")
 
     def at_data(self) -> str | None:

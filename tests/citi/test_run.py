@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from run_cases import adapter_tensors, assert_same_tensors, tiny_recipe, without_figures
 from transformers import AutoModelForCausalLM
 
 from citi.data import Collator, DataError
+from citi.manifest import digest_of
 from citi.observer import RunObserver
 from citi.processes import refuse_sharding
 from citi.recipe import load_recipe
 from citi.run import evaluate_run, load_run, train
 from citi.run_directory import RunDirectory, RunError
+from citi.verify import verify_run
 from tiny import ARCHITECTURES, MIXTURE_OF_EXPERTS
 
 SHORT = {"epochs_mi": 1.0, "batch_size": 6, "save_steps": 100}
@@ -197,6 +200,29 @@ def test_an_edited_resolved_recipe_is_noticed(tmp_path: Path) -> None:
         train(load_recipe(run.recipe_file))
     train(recipe)
     assert run.recipe_file.read_text() == written
+
+
+@no_figures
+def test_a_run_of_an_older_version_goes_on_where_new_keys_have_their_defaults(
+    tmp_path: Path,
+) -> None:
+    recipe = tiny_recipe(tmp_path, epochs_rp=0.0, epochs_mi=0.0, epochs_uco=0.0)
+    run = train(recipe)
+    values = yaml.safe_load(run.recipe_file.read_text())
+    del values["base_kl_weight"]
+    run.recipe_file.write_text(yaml.safe_dump(values))
+    manifest = json.loads(run.manifest_file.read_text())
+    known = {key: value for key, value in recipe.identity().items() if key in values}
+    manifest["recipe_sha256"] = digest_of(known)
+    run.manifest_file.write_text(json.dumps(manifest))
+    older = run.recipe_file.read_text()
+    with pytest.raises(RunError, match=r"base_kl_weight: 0.0 → 1.0"):
+        train(dataclasses.replace(recipe, base_kl_weight=1.0))
+    assert run.recipe_file.read_text() == older
+    assert not verify_run(run.path, with_model=False)[0].problem
+    train(recipe)
+    assert "base_kl_weight" in run.recipe_file.read_text()
+    assert run.load_manifest().recipe_sha256 == digest_of(recipe.identity())
 
 
 @no_figures
