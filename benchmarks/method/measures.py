@@ -47,6 +47,8 @@ class Measuring:
         model, tokenizer: What is measured.
         scale: Lengths and counts.
         run_code: Whether generated code is run, in a sandboxed process.
+        answers: Folder that gets what the model answered, one file a set, for those who want to
+            read it, or to score it otherwise; None: not kept.
         observer: Told of progress.
     """
 
@@ -54,6 +56,7 @@ class Measuring:
     tokenizer: Any
     scale: Scale
     run_code: bool = False
+    answers: Path | None = None
     observer: RunObserver = dataclasses.field(default_factory=RunObserver)
 
     def tool(self, samples: Sequence[Sample], note: str) -> Columns:
@@ -102,7 +105,7 @@ class Measuring:
         )
 
     def _answers(self, samples: Sequence[Sample], note: str) -> list[str]:
-        return generate_answers(
+        answers = generate_answers(
             self.model,
             self.tokenizer,
             samples,
@@ -111,6 +114,10 @@ class Measuring:
             max_length=self.scale.eval_max_length,
             progress=self._noted(note),
         )
+        if self.answers is not None:
+            by_id = {sample.id: answer for sample, answer in zip(samples, answers, strict=True)}
+            write_json(self.answers / f"{note}.json", by_id)
+        return answers
 
     def _noted(self, note: str) -> Callable[[int, int | None, str], None]:
         return lambda done, total, what: self.observer.progress(done, total, f"{note}: {what}")

@@ -72,6 +72,10 @@ class Comparison:
         return self.output / "results"
 
     @property
+    def answers(self) -> Path:
+        return self.output / "answers"
+
+    @property
     def search(self) -> Path:
         return self.output / "search"
 
@@ -147,7 +151,12 @@ def run_row(
     rates, search = search_rates(row, pattern, comparison.search, observer=observer)
     trained = train_row(dataclasses.replace(pattern, rates=rates), observer=observer)
     measuring = Measuring(
-        trained.model, trained.tokenizer, scale, run_code=comparison.run_code, observer=observer
+        trained.model,
+        trained.tokenizer,
+        scale,
+        run_code=comparison.run_code,
+        answers=comparison.answers / file.stem,
+        observer=observer,
     )
     samples, seconds = measure_sets(measuring, data, work / "measures")
     result = RowResult(

@@ -66,6 +66,9 @@ def test_every_row_runs_and_leaves_a_result_that_reads_back_equal(comparison, re
         assert set(result.samples) == {each.name for each in EVALUATION}
         assert len(result.samples["api_bank_lv1"]["exact"]) == TINY.eval_samples
         assert len(result.samples["math"]["right"]) == TINY.judged_samples
+        answers = json.loads((comparison.answers / file.stem / "bfcl.json").read_text())
+        assert len(answers) == TINY.eval_samples
+        assert all(isinstance(answer, str) for answer in answers.values())
         assert "passes" not in result.samples["mbpp"], "code is run on request only"
     assert not any((comparison.output / "work").iterdir())
 
