@@ -7,6 +7,7 @@
 #
 # Parts: build tests tests_cuda base_product layer routing importance training sanitizer counters
 # PYTHON  the interpreter that has torch and triton (default: python3)
+# PART_LIMIT  seconds after which a part is stopped (default: 300)
 # OUT     where results and logs go (default: a new directory under the system's temporary one)
 #
 # Without a GPU every part is skipped, with the reason. Exit code 1 if a part failed.
@@ -21,7 +22,7 @@ parts=()
 for argument in "$@"; do
   case "$argument" in
     --dry-run) dry_run=1 ;;
-    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *)
       if [[ " ${ALL[*]} " != *" $argument "* ]]; then
         echo "gpu_suite.sh: no part '$argument'; there are: ${ALL[*]}" >&2
@@ -34,6 +35,7 @@ done
 [ ${#parts[@]} -gt 0 ] || parts=("${ALL[@]}")
 
 mkdir -p "$OUT" || exit 2
+export PATH="$PATH:/usr/local/cuda/bin"
 export PYTHONPATH=".:python:tests${PYTHONPATH:+:$PYTHONPATH}"
 on_gpu=(env CITI_TEST_DEVICE=cuda CITI_BACKEND=triton)
 on_gpu_cuda=(env CITI_TEST_DEVICE=cuda CITI_BACKEND=cuda)
@@ -75,7 +77,7 @@ why_not() {
   "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null ||
     { echo "$PYTHON finds no GPU through torch"; return; }
   case "$1" in
-    build) command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] || echo "there is no nvcc" ;;
+    build) command -v nvcc >/dev/null || echo "there is no nvcc" ;;
     tests_cuda) "$PYTHON" -c 'import citi_kernels._C' 2>/dev/null || echo "citi_kernels._C is not built" ;;
     sanitizer) command -v compute-sanitizer >/dev/null || echo "compute-sanitizer is not installed" ;;
     counters) command -v ncu >/dev/null || echo "ncu is not installed" ;;
@@ -98,7 +100,8 @@ for part in "${parts[@]}"; do
   fi
   start=$SECONDS
   echo "== $part: ${command[*]}"
-  if "${command[@]}" >"$OUT/$part.log" 2>&1; then word=passed; else word=FAILED; failed=1; fi
+  # One part that hangs must not cost those after it.
+  if timeout "${PART_LIMIT:-300}" "${command[@]}" >"$OUT/$part.log" 2>&1; then word=passed; else word="FAILED ($?)"; failed=1; fi
   tail -n 12 "$OUT/$part.log"
   echo "$part: $word in $((SECONDS - start)) s, log in $OUT/$part.log" >>"$summary"
 done

@@ -13,7 +13,7 @@ import statistics
 import pytest
 
 from citi.benchmark.group import Group, Settings
-from citi.benchmark.measure import PARTS, empty_caches, timed
+from citi.benchmark.measure import PARTS, make_cold, timed
 
 ROUNDS = 7
 
@@ -31,7 +31,7 @@ def test_row(benchmark, group: Group, row: str, settings: Settings, current) -> 
     def baseline() -> None:
         bases.append(timed(passes[group.baseline], settings, is_cold=group.is_cold))
         if group.is_cold:
-            empty_caches(settings.device)
+            make_cold(settings.device)
 
     def one() -> None:
         rounds.append(timed(passes[row], settings, is_cold=False))

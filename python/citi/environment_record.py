@@ -22,13 +22,19 @@ _PACKAGES = (
     "safetensors",
     "numpy",
     "triton",
+    "liger-kernel",
+    "scattermoe",
 )
 
 
-def environment_record() -> dict[str, Any]:
-    """Versions (installed packages only), platform, device, threads, backends, commit if any."""
+def environment_record(device: str | None = None) -> dict[str, Any]:
+    """Versions (installed packages only), platform, device, threads, backends, commit if any.
+
+    Args:
+        device: that was used; None: this process's own.
+    """
     processes = this_process()
-    device = processes.device
+    device = processes.device if device is None else torch.device(device)
     return {
         "versions": {"python": platform.python_version()} | _versions(),
         "platform": platform.platform(),

@@ -23,7 +23,7 @@ from citi.benchmark import (
     suites,
     training,
 )
-from citi.benchmark.group import Group, Pass, Result, Row, Settings
+from citi.benchmark.group import NOT_ASKED, Group, Pass, Result, Row, Settings
 from citi.benchmark.layer import FROZEN, OURS, Shape, layer_group
 from citi.benchmark.measure import MIN_ROUNDS, measure
 from citi.benchmark.record import Record
@@ -247,6 +247,26 @@ def test_tables_hold_ratios_first_and_every_row_that_could_not_run() -> None:
     assert markdown[4].startswith("| gone: not yet measured, no GPU |")
     wide = by_shape([result, _result(base=1.0)], ["one", "two"])
     assert wide[3] == "| other | 1.25 | not yet measured |"
+    unasked = replace(_result(base=1.0), skipped={"other": NOT_ASKED})
+    gone = replace(_result(base=1.0), skipped={"other": "needs 80 GB"})
+    wide = by_shape([result, unasked, gone], ["one", "two", "three"])
+    assert wide[3] == "| other | 1.25 | not yet measured | no: needs 80 GB |"
+
+
+def test_what_is_checked_is_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens, gate sums and dropout decide which code runs."""
+    seen, op = [], layer.molora_linear
+
+    def spy(x: torch.Tensor, *operands: torch.Tensor, **options: object) -> tuple:
+        seen.append((len(x), options))
+        return op(x, *operands, **options)
+
+    monkeypatch.setattr(layer, "molora_linear", spy)
+    layer.check_layer(layer.Shape(5, 32, 16), torch.float32, "cpu", 2, 4)
+    layer.check_layer(layer.Shape(5000, 32, 16), torch.float32, "cpu", 2, 4, top_k=1)
+    assert [tokens for tokens, _ in seen] == [5, 5, 5, 128, 128]
+    assert [o.get("segment_ids") is not None for _, o in seen] == [False, True, True, False, True]
+    assert [o.get("dropout_p", 0.0) for _, o in seen] == [0.0, 0.0, layer.DROPOUT, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +297,7 @@ def test_the_command_prints_and_writes_what_it_measured(small_suites: None, tmp_
     record = Record.load(file)
     assert {each.suite for each in record.results} == {"layer", "decode"}
     assert record.command.startswith("citi bench layer decode --quick")
-    assert record.machine["backend_of"]["molora_linear"] in ("torch", "native")
+    assert record.machine["device"] == "cpu"
     assert OURS in result.output
     assert "over frozen linear" in result.output
 
@@ -340,6 +360,13 @@ def test_groups_are_chosen_by_a_text_of_their_title(monkeypatch: pytest.MonkeyPa
     result = citi(*always, "--only", "four")
     assert result.exit_code == 2
     assert "four: in no title; there are: model one" in " ".join(result.output.split())
+    result = citi(*always, "--without", "OTHER")
+    assert result.exit_code == 2
+    assert "OTHER: no such row; there are: base, other" in " ".join(result.output.split())
+    result = citi(*always, "--json", "/proc/nope/x.json")
+    assert result.exit_code == 1
+    assert "cannot write /proc/nope/x.json" in result.output
+    assert "test · " not in result.output, "nothing was measured for it"
 
 
 def test_an_unknown_suite_is_refused_before_anything_runs() -> None:

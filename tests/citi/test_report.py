@@ -37,7 +37,7 @@ SECTIONS = {
     "gates": "What the routers do",
     "settings": "What ran",
 }
-HOSTILE = "chat <script>alert('&')</script>"
+HOSTILE = "chat <script>alert('&')</script> $_$x$_5_6$"
 
 
 def ability_scores() -> AbilityScores:
@@ -96,7 +96,7 @@ def write_run(root: Path) -> Path:
     recipe = f"model: org/tiny-model\ngeneral: {{{json.dumps(HOSTILE)}: chat.jsonl}}\nseed: 7\n"
     write_text(root / "recipe.resolved.yaml", recipe)
     write_json(root / "env.json", {"versions": {"torch": "9.9.9"}, "device_name": "a <b>CPU</b>"})
-    phases = {"rp": {"seconds": 61.0}, "report": {"seconds": 3.0}}
+    phases = {"rp": {"seconds": 61.0}, "mi": {"seconds": 59.7}, "report": {"seconds": 3.0}}
     finished = "2031-02-03T04:05:06+00:00"
     write_json(
         root / "manifest.json", {"started": finished, "finished": finished, "phases": phases}
@@ -295,6 +295,7 @@ def test_gate_means_come_from_the_histogram(page: Page) -> None:
 
 def test_the_reports_own_time_is_left_out(page: Page) -> None:
     assert page.row("rp") == ["1:01 min"]
+    assert page.row("mi") == ["1:00 min"]
     assert "report" not in [row[0].strip() for row in page.rows if row]
 
 

@@ -19,6 +19,9 @@ class Pass(NamedTuple):
     backward: Callable[[Any], object] | None = None
 
 
+NOT_ASKED = "not asked for"
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a suite is run.

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from citi.benchmark.group import Group, Pass, Result, Row, Settings
+from citi.benchmark.group import NOT_ASKED, Group, Pass, Result, Row, Settings
 from citi_kernels.tensor_memory import TensorMemory
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -86,7 +86,7 @@ def measure(
         accuracy_used=accuracy_used,
         rows=rows,
         skipped=dict(group.skipped)
-        | {n: "not asked for" for n in group.stands_for if not settings.wants(n, group.baseline)},
+        | {n: NOT_ASKED for n in group.stands_for if not settings.wants(n, group.baseline)},
     )
 
 
@@ -109,12 +109,17 @@ def empty_caches(device: str) -> None:
     _flushed(device).zero_()
 
 
+def make_cold(device: str) -> None:
+    """Before a pass: empty caches, and a GPU that waits until the pass has been launched."""
+    empty_caches(device)
+    if device == "cuda":
+        torch.cuda._sleep(_QUEUED_CYCLES)
+
+
 def timed(each: Pass, settings: Settings, *, is_cold: bool) -> Times:
     """Seconds of one forward, its backward (0 without one), and both."""
     if is_cold:
-        empty_caches(settings.device)
-        if settings.device == "cuda":
-            torch.cuda._sleep(_QUEUED_CYCLES)
+        make_cold(settings.device)
     if settings.device == "cuda":
         return _timed_on_gpu(each)
     clock = CLOCKS[settings.clock]

@@ -16,7 +16,6 @@ from citi.benchmark.group import Result
 from citi.durable import write_json
 from citi.environment_record import environment_record
 from citi.saved_json import SavedFileError, read_object
-from citi_kernels.backends import choose, operations
 
 FORMAT, VERSION = "citi.benchmark", 1
 _CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}
@@ -58,11 +57,9 @@ class Record:
 
 def machine(device: str, clock: str) -> dict[str, Any]:
     """What the numbers were measured on and with."""
-    tensor = torch.empty(1, device=device)
-    info = environment_record() | {
+    info = environment_record(device) | {
         "date": datetime.date.today().isoformat(),
         "clock": clock,
-        "backend_of": {op: choose(op, tensor) for op in operations()},
         "cpu_flags": _cpu_flags(),
     }
     if device == "cuda":

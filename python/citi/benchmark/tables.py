@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from citi.benchmark.group import Result, Row
+from citi.benchmark.group import NOT_ASKED, Result, Row
 
 NOT_MEASURED = "not yet measured"
 _PART_TITLES = {"forward": "forward", "backward": "backward", "both": "together"}
@@ -67,7 +67,7 @@ def by_shape(results: Sequence[Result], heads: Sequence[str], part: str = "both"
         for result in results:
             row = next((row for row in result.rows if row.name == name), None)
             once = " (timed once)" if row is not None and row.rounds == 1 else ""
-            cells.append(NOT_MEASURED if row is None else f"{row.ratio[part]:.2f}{once}")
+            cells.append(_why_not(name, result) if row is None else f"{row.ratio[part]:.2f}{once}")
         bold = name.startswith("MOLoRA")
         lines.append(table_line([f"**{name}**" if bold else name, *cells]))
     return lines
@@ -85,6 +85,11 @@ def verdict(row: Row) -> str:
     value = row.ratio["both"]
     word = "goal met" if value <= goal else "gate met" if value <= gate else "GATE MISSED"
     return f"   gate {gate:g}, goal {goal:g}: {word}"
+
+
+def _why_not(name: str, result: Result) -> str:
+    reason = result.skipped.get(name, NOT_ASKED)
+    return NOT_MEASURED if reason == NOT_ASKED else f"no: {reason}"
 
 
 def _parts(result: Result) -> list[str]:

@@ -116,7 +116,10 @@ def _run(
     from citi.benchmark.measure import measure
     from citi.benchmark.record import Record, machine, machine_line
     from citi.benchmark.tables import as_lines
+    from citi.durable import check_writable
 
+    if json is not None:
+        check_writable(json)
     groups = _groups(chosen, only, settings)
     console = Console(highlight=False)
     info = machine(settings.device, settings.clock)
@@ -146,6 +149,12 @@ def _groups(chosen: list[str], only: tuple[str, ...], settings: Settings) -> lis
     from citi.benchmark.suites import SUITES as OF_NAME
 
     groups = [group for name in chosen for group in OF_NAME[name](settings)]
+    rows = sorted({name for group in groups for name in group.stands_for})
+    if unknown := [name for name in settings.without if name not in rows]:
+        raise typer.BadParameter(
+            f"{', '.join(unknown)}: no such row; there are: {', '.join(rows)}",
+            param_hint="--without",
+        )
     found = [group for group in groups if any(text in group.title for text in only)]
     if not found:
         titles = "; ".join(group.title for group in groups)

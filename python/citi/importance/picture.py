@@ -131,6 +131,6 @@ def _rendered(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
     # A fixed salt and no date: equal scores, equal bytes.
     metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    with matplotlib.rc_context({"svg.hashsalt": "citi"}):
+    with matplotlib.rc_context({"svg.hashsalt": "citi", "text.parse_math": False}):
         figure.savefig(buffer, format=kind, metadata=metadata.get(kind))
     return buffer.getvalue()

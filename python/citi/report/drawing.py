@@ -28,6 +28,7 @@ _VARIABLES = {
     ACCENT: "var(--accent)",
 }
 _SETTINGS = {
+    "text.parse_math": False,  # names of abilities and components may hold dollars
     "svg.fonttype": "none",
     "font.size": 9.0,
     "axes.titlesize": 10.0,

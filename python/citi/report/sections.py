@@ -278,7 +278,7 @@ def settings(run: RunFiles) -> html.Section | None:
 def _phase_seconds(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Finished phases with their time; not the report's own, which is recorded after it."""
     return {
-        name: f"{facts['seconds'] // 60:.0f}:{facts['seconds'] % 60:02.0f} min"
+        name: f"{round(facts['seconds']) // 60}:{round(facts['seconds']) % 60:02d} min"
         for name, facts in manifest.get("phases", {}).items()
         if "seconds" in facts and name != "report"
     }
