@@ -1,6 +1,30 @@
 #include "cpu/cpu_features.h"
 
+#if defined(CITI_X86_VARIANTS)
+#include <cpuid.h>
+#endif
+
 namespace citi {
+
+#if defined(CITI_X86_VARIANTS)
+namespace {
+
+// By CPUID: compilers know these names late, GCC from 11 ("f16c") and Clang from 18 on. Their
+// registers are those of AVX2 and AVX-512, which are asked for as well.
+bool HasF16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
+}
+
+#if defined(CITI_AVX512_BF16_VARIANT)
+bool HasAvx512Bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1) != 0;
+}
+#endif
+
+}  // namespace
+#endif
 
 std::vector<Variant> RunnableVariants() {
   std::vector<Variant> runnable;
@@ -8,13 +32,10 @@ std::vector<Variant> RunnableVariants() {
   // These also ask whether the operating system keeps the registers.
   const bool has_avx512 = __builtin_cpu_supports("avx512f");
 #if defined(CITI_AVX512_BF16_VARIANT)
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) {
-    runnable.push_back(Variant::kAvx512Bf16);
-  }
+  if (has_avx512 && HasAvx512Bf16()) runnable.push_back(Variant::kAvx512Bf16);
 #endif
   if (has_avx512) runnable.push_back(Variant::kAvx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c()) {
     runnable.push_back(Variant::kAvx2);
   }
 #endif

@@ -57,3 +57,11 @@ def test_kernels_of_cpu_and_cuda_hold_on_the_cpu_under_sanitizers(
         result = run(*command)
         assert result.returncode == 0, result.stdout[-4000:]
     assert re.search(r"tests passed, 0 tests failed out of [1-9]", result.stdout)
+
+
+def test_the_cpu_is_asked_by_names_that_old_compilers_know() -> None:
+    """Another name is a compile error: "f16c" for GCC 10 and Clang 17."""
+    source = (ROOT / "csrc" / "cpu" / "cpu_features.cpp").read_text()
+    asked = re.findall(r"__builtin_cpu_supports\(([^)]*)\)", source)
+    assert asked
+    assert set(asked) <= {'"avx2"', '"fma"', '"avx512f"'}

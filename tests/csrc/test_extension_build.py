@@ -179,7 +179,7 @@ def test_a_compiler_that_fails_ends_the_build_with_that_line(tool: str, tmp_path
     if missing := [name for name in ("cmake", "ninja", "c++") if shutil.which(name) is None]:
         pytest.skip(f"{', '.join(missing)} not found")
     source = _copy_of_the_source(tmp_path)
-    broken = source / ("CMakeLists.txt" if tool == "cmake" else "csrc/cpu/cpu_features.cpp")
+    broken = source / ("CMakeLists.txt" if tool == "cmake" else "csrc/tensors.cpp")
     word = "project(citi_kernels" if tool == "cmake" else "namespace citi {"
     broken.write_text(broken.read_text().replace(word, f"nonsense {word}", 1))
     result = subprocess.run(
@@ -193,7 +193,7 @@ def test_a_compiler_that_fails_ends_the_build_with_that_line(tool: str, tmp_path
     )
     assert result.returncode != 0
     last = result.stdout.splitlines()[-1]
-    wanted = "CMake Error at CMakeLists.txt" if tool == "cmake" else "cpu_features.cpp:3:1: error: "
+    wanted = "CMake Error at CMakeLists.txt" if tool == "cmake" else "tensors.cpp:3:1: error: "
     assert last.startswith("error: ")
     assert wanted in last
     assert "(all of it: " in last
