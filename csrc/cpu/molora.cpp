@@ -12,19 +12,25 @@ constexpr int64_t kLanes = 16;
 
 MoloraKernels Select(Variant variant, DType dtype) {
   switch (variant) {
-#if defined(CITI_X86_VARIANTS)
 #if defined(CITI_AVX512_BF16_VARIANT)
     case Variant::kAvx512Bf16:
       return MoloraKernelsAvx512Bf16(dtype);
+#else
+    case Variant::kAvx512Bf16:
 #endif
+#if defined(CITI_X86_VARIANTS)
     case Variant::kAvx512:
       return MoloraKernelsAvx512(dtype);
     case Variant::kAvx2:
       return MoloraKernelsAvx2(dtype);
+#else
+    case Variant::kAvx512:
+    case Variant::kAvx2:
 #endif
-    default:
-      return MoloraKernelsPortable(dtype);
+    case Variant::kPortable:
+      break;
   }
+  return MoloraKernelsPortable(dtype);
 }
 
 template <class Problem, int kPhases>

@@ -24,10 +24,15 @@ RowDotsOfTokens* Select(Variant variant) {
       return RowDotsOfTokensAvx512;
     case Variant::kAvx2:
       return RowDotsOfTokensAvx2;
+#else
+    case Variant::kAvx512Bf16:
+    case Variant::kAvx512:
+    case Variant::kAvx2:
 #endif
-    default:
-      return RowDotsOfTokensPortable;
+    case Variant::kPortable:
+      break;
   }
+  return RowDotsOfTokensPortable;
 }
 
 template <class Score>

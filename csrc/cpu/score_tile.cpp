@@ -8,14 +8,20 @@ namespace {
 ScoresOfTask* Select(Variant variant) {
   switch (variant) {
 #if defined(CITI_X86_VARIANTS)
+    case Variant::kAvx512Bf16:
     case Variant::kAvx512:
       return ScoresOfTaskAvx512;
     case Variant::kAvx2:
       return ScoresOfTaskAvx2;
+#else
+    case Variant::kAvx512Bf16:
+    case Variant::kAvx512:
+    case Variant::kAvx2:
 #endif
-    default:
-      return ScoresOfTaskPortable;
+    case Variant::kPortable:
+      break;
   }
+  return ScoresOfTaskPortable;
 }
 
 // Rows of sums (rows, sums_of_row), `per_segment` of them for each segment of rows.
