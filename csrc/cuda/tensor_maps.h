@@ -10,11 +10,16 @@ namespace citi::gemm {
 
 // Of the driver, without a link to it.
 inline cudaError_t GetEncodeTiled(decltype(&cuTensorMapEncodeTiled)* encode) {
-  constexpr unsigned kSince = 12000;
+  constexpr const char* kName = "cuTensorMapEncodeTiled";
   cudaDriverEntryPointQueryResult result;
   void* entry = nullptr;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
-                                                             kSince, cudaEnableDefault, &result);
+#if CUDART_VERSION < 12050  // the other came with 12.5, and this one is gone from 13 on
+  const cudaError_t error = cudaGetDriverEntryPoint(kName, &entry, cudaEnableDefault, &result);
+#else
+  constexpr unsigned kSince = 12000;
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion(kName, &entry, kSince, cudaEnableDefault, &result);
+#endif
   if (error != cudaSuccess) return error;
   if (result != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
   *encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
