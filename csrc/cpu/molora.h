@@ -8,7 +8,8 @@ namespace citi {
 
 // Tokens that pass through the rank space together.
 constexpr int64_t kMoloraTokens = 32;
-// Up to so many, without dropout, have kernels of their own in the forward.
+// Up to so many, without dropout, have kernels of their own in the forward. They sum in another
+// order: a token among few and the same token among more are equal within rounding, not in bits.
 constexpr int64_t kFewTokens = 8;
 
 // Entries of the workspaces, whatever the variant; the sizes must be valid.
