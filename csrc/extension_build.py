@@ -21,11 +21,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension
+from setuptools import Extension, build_meta
 from setuptools.build_meta import (
     build_editable,
     build_sdist,
-    build_wheel,
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
@@ -62,6 +61,18 @@ def get_requires_for_build_sdist(config_settings: dict | None = None) -> list[st
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel
+
+
+def build_wheel(
+    wheel_directory: str,
+    config_settings: dict | None = None,
+    metadata_directory: str | None = None,
+) -> str:
+    """Without what earlier wheels left in build/, such as deleted modules; CMake's folders stay."""
+    for pattern in ("lib*", "bdist*"):
+        for folder in (ROOT / "build").glob(pattern):
+            shutil.rmtree(folder)
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def extensions() -> list[Extension]:

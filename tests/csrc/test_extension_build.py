@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -132,6 +133,29 @@ def test_cuda_is_configured_when_nvcc_is_found_unless_it_is_refused(
     assert "-DCITI_VERSION=1.2" in command
     monkeypatch.setenv("CITI_BUILD_CUDA", "0")
     assert "-DCITI_BUILD_CUDA=OFF" in build._configure_command(tmp_path, "1.2")
+
+
+def test_a_wheel_holds_no_module_of_an_earlier_one(tmp_path: Path) -> None:
+    source = _copy_of_the_source(tmp_path)
+    deleted = source / "build" / "lib" / "citi_kernels" / "deleted.py"
+    kept = source / "build" / "cmake-cpython" / "a.o"
+    for path in (deleted, kept):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    result = subprocess.run(
+        [sys.executable, "-c", "import extension_build; extension_build.build_wheel('dist')"],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": "csrc", "CXX": "none"},
+    )
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (source / "dist").iterdir()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "citi_kernels/compiled.py" in names
+    assert "citi_kernels/deleted.py" not in names
+    assert kept.is_file()
 
 
 LOGS = {
