@@ -46,13 +46,13 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_ARCHS = ("80", "89", "90a", "100a")
-REQUIREMENTS = {"cmake": "cmake>=3.24", "ninja": "ninja>=1.11", "pybind11": "pybind11>=3.0"}
+LEAST_VERSIONS = {"cmake": (3, 24), "ninja": (1, 11), "pybind11": (3, 0)}
 _ERROR = re.compile(r"\berror\b|CMake Error|nvcc fatal|ninja: fatal|undefined reference", re.I)
 
 
 def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
     """The tools that are missing; setup.py, which would miss them as well, does not run for it."""
-    return [REQUIREMENTS[name] for name in _absent_tools()] if _has_compiler() else []
+    return _absent_tools() if _has_compiler() else []
 
 
 def get_requires_for_build_sdist(config_settings: dict | None = None) -> list[str]:
@@ -211,13 +211,48 @@ def _has_compiler() -> bool:
     return os.name == "nt" or any(map(shutil.which, names))
 
 
+def _output(command: list[str]) -> str | None:
+    """What it prints, or None where it does not run to its end."""
+    try:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:
+        return None
+    return None if result.returncode else result.stdout.decode(errors="replace")
+
+
+def _version(program: str) -> tuple[int, int] | None:
+    """Of a program that is there and runs."""
+    path = shutil.which(program)
+    found = re.search(r"(\d+)\.(\d+)", (path and _output([path, "--version"])) or "")
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _pybind11_version() -> tuple[int, int] | None:
+    try:
+        import pybind11
+    except ImportError:
+        return None
+    return pybind11.version_info[:2]
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
 def _absent_tools() -> list[str]:
-    absent = [name for name in ("cmake", "ninja") if shutil.which(name) is None]
-    return absent + ["pybind11"] * (importlib.util.find_spec("pybind11") is None)
+    """As pip asks for them. One on PATH may not run, as a venv's wrapper in another environment."""
+    versions = {name: _version(name) for name in ("cmake", "ninja")}
+    versions["pybind11"] = _pybind11_version()
+    return [
+        f"{name}>={_dotted(least)}"
+        for name, least in LEAST_VERSIONS.items()
+        if (versions[name] or (0, 0)) < least
+    ]
 
 
 def _missing() -> str:
     if not _has_compiler():
         return "no C++ compiler is found (CXX, c++, g++ or clang++)"
     absent = _absent_tools()
-    return f"{', '.join(absent)} not found; pip install {' '.join(absent)}" if absent else ""
+    quoted = " ".join(f"'{each}'" for each in absent)
+    return f"{', '.join(absent)} not found; pip install {quoted}" if absent else ""

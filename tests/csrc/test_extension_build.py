@@ -10,7 +10,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -38,14 +38,17 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def only(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Hide:
-    """Makes these the only programs that are found."""
+    """Makes these the only programs that are found; they say that they are new enough."""
 
-    def apply(*programs: str, pybind11: bool = True) -> None:
+    def apply(*programs: str, pybind11: str | None = "3.0", system: str = "posix") -> None:
         monkeypatch.setattr(
             build.shutil, "which", lambda name: f"/bin/{name}" if name in programs else None
         )
-        monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: pybind11 or None)
-        monkeypatch.setattr(build.os, "name", "posix")
+        monkeypatch.setattr(build, "_output", lambda command: "version 99.1")
+        version = pybind11 and tuple(map(int, pybind11.split(".")))
+        module = version and SimpleNamespace(version_info=(*version, 0))
+        monkeypatch.setitem(sys.modules, "pybind11", module)
+        monkeypatch.setattr(build.os, "name", system)
 
     return apply
 
@@ -66,17 +69,47 @@ def test_without_a_compiler_nothing_is_built_nothing_asked_of_pip_and_one_line_s
 def test_only_missing_tools_are_asked_of_pip(build: ModuleType, only: Hide) -> None:
     only("c++", "cmake", "ninja")
     assert build.get_requires_for_build_wheel() == []
-    only("g++", pybind11=False)
+    only("c++", "cmake", "ninja", pybind11="2.13")
+    assert build.get_requires_for_build_wheel() == ["pybind11>=3.0"]
+    only("g++", pybind11=None)
     assert build.get_requires_for_build_wheel() == ["cmake>=3.24", "ninja>=1.11", "pybind11>=3.0"]
 
 
 def test_without_build_isolation_a_missing_tool_is_named(
     build: ModuleType, only: Hide, capsys: pytest.CaptureFixture
 ) -> None:
-    only("c++", "cmake", pybind11=False)
+    only("c++", "cmake", pybind11=None)
     assert build.extensions() == []
-    wanted = "ninja, pybind11 not found; pip install ninja pybind11\n"
+    wanted = "ninja>=1.11, pybind11>=3.0 not found; pip install 'ninja>=1.11' 'pybind11>=3.0'\n"
     assert capsys.readouterr().out.endswith(wanted)
+
+
+TOOLS = {
+    "does not run": ("#!/bin/sh\necho ModuleNotFoundError: cmake >&2\nexit 1\n", False),
+    "is no program": ("", False),
+    "is of Ubuntu 22.04": ("#!/bin/sh\necho cmake version 3.22.1\n", False),
+    "is the oldest that will do": ("#!/bin/sh\necho cmake version 3.24.0\n", True),
+}
+
+
+def _program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script is the tool")
+@pytest.mark.parametrize(("text", "is_there"), TOOLS.values(), ids=TOOLS)
+def test_a_tool_is_there_if_it_runs_and_is_new_enough(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, is_there: bool
+) -> None:
+    _program(tmp_path / "c++", "#!/bin/sh\n")
+    _program(tmp_path / "cmake", text)
+    _program(tmp_path / "ninja", "#!/bin/sh\necho 1.11.1\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "pybind11", SimpleNamespace(version_info=(3, 1, 0)))
+    assert build.get_requires_for_build_wheel() == ([] if is_there else ["cmake>=3.24"])
 
 
 def test_with_a_compiler_there_is_one_extension(build: ModuleType, only: Hide) -> None:
