@@ -52,7 +52,7 @@ _ERROR = re.compile(r"\berror\b|CMake Error|nvcc fatal|ninja: fatal|undefined re
 
 def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
     """The tools that are missing; setup.py, which would miss them as well, does not run for it."""
-    return _absent_tools() if _has_compiler() else []
+    return _absent_tools() if _compiler() else []
 
 
 def get_requires_for_build_sdist(config_settings: dict | None = None) -> list[str]:
@@ -204,11 +204,15 @@ def _run(command: list[str], log: Path) -> None:
         raise CompileError(f"{first_error(result.stdout)} (all of it: {log})")
 
 
-def _has_compiler() -> bool:
+def _compiler_names() -> tuple[str, ...]:
+    # ninja needs Visual Studio's own on PATH, as its command prompt has it
+    return ("cl", "clang-cl") if os.name == "nt" else ("c++", "g++", "clang++")
+
+
+def _compiler() -> str | None:
     asked = os.environ.get("CXX")
-    names = (asked.split()[0],) if asked else ("c++", "g++", "clang++")
-    # on Windows CMake finds Visual Studio, which is on no PATH
-    return os.name == "nt" or any(map(shutil.which, names))
+    names = (asked.split()[0],) if asked else _compiler_names()
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def _output(command: list[str]) -> str | None:
@@ -251,8 +255,9 @@ def _absent_tools() -> list[str]:
 
 
 def _missing() -> str:
-    if not _has_compiler():
-        return "no C++ compiler is found (CXX, c++, g++ or clang++)"
+    if not _compiler():
+        names = _compiler_names()
+        return f"no C++ compiler is found (CXX, {', '.join(names[:-1])} or {names[-1]})"
     absent = _absent_tools()
     quoted = " ".join(f"'{each}'" for each in absent)
     return f"{', '.join(absent)} not found; pip install {quoted}" if absent else ""

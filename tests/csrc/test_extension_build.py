@@ -112,6 +112,18 @@ def test_a_tool_is_there_if_it_runs_and_is_new_enough(
     assert build.get_requires_for_build_wheel() == ([] if is_there else ["cmake>=3.24"])
 
 
+def test_on_windows_a_compiler_is_one_that_ninja_finds(
+    build: ModuleType, only: Hide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only("g++", "cmake", "ninja", system="nt")
+    assert build._missing() == "no C++ compiler is found (CXX, cl or clang-cl)"
+    only("cl", "cmake", "ninja", system="nt")
+    assert build._missing() == ""
+    only("g++", "cmake", "ninja", system="nt")
+    monkeypatch.setenv("CXX", "g++ -m64")
+    assert build._missing() == ""
+
+
 def test_with_a_compiler_there_is_one_extension(build: ModuleType, only: Hide) -> None:
     only("c++", "cmake", "ninja")
     assert [extension.name for extension in build.extensions()] == ["citi_kernels._C"]
