@@ -1,6 +1,7 @@
 """How `pip install` builds `citi_kernels._C`: the backend that pip calls, and what setup.py needs.
 
-    CITI_BUILD_CUDA   auto (default): CUDA kernels if nvcc is found; 1: nvcc is required; 0: none
+    CITI_BUILD_CUDA   auto (default): CUDA kernels if an nvcc of CUDA 12 or newer works, or a line
+                      that says why not; 1: it is required; 0: none
     CITI_CUDA_ARCHS   such as "80;90a" (default: 80;89;90a;100a, those that this nvcc knows); PTX of
                       the newest is added, without its letter, so that GPUs to come can run it
     CITI_WERROR       1: warnings of the compilers are errors, as in CI
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, build_meta
 from setuptools.build_meta import (
@@ -47,6 +49,7 @@ __all__ = [
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_ARCHS = ("80", "89", "90a", "100a")
 LEAST_VERSIONS = {"cmake": (3, 24), "ninja": (1, 11), "pybind11": (3, 0)}
+LEAST_CUDA = (12, 0)  # TMA, and architectures with a letter
 _ERROR = re.compile(r"\berror\b|CMake Error|nvcc fatal|ninja: fatal|undefined reference", re.I)
 
 
@@ -85,8 +88,7 @@ def extensions() -> list[Extension]:
     if wanted not in ("auto", "0", "1"):
         raise SetupError(f"CITI_BUILD_CUDA: want auto, 0 or 1, got {wanted!r}")
     missing = _missing()
-    if wanted == "1" and (missing or not nvcc()):
-        what = missing or "nvcc is not on PATH, nor in CUDA_HOME"
+    if wanted == "1" and (what := missing or cuda().why_not):
         raise SetupError(f"CITI_BUILD_CUDA=1 wants CUDA kernels, but {what}")
     if missing:
         print(f"citi-kernels: installed without citi_kernels._C: {missing}", flush=True)
@@ -103,8 +105,7 @@ class BuildExtension(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "build.log"
         log.write_text("")
-        version = self.distribution.get_version()
-        _run(_configure_command(folder, version), log)
+        _configure(folder, self.distribution.get_version(), log)
         _run(["cmake", "--build", str(folder)], log)
         library.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(folder / library.name, library)
@@ -117,6 +118,38 @@ def nvcc() -> str | None:
     candidates = [os.environ.get("CUDACXX"), "nvcc"]
     candidates += [str(Path(home) / "bin" / "nvcc") for home in homes if home]
     return next(filter(None, (shutil.which(name) for name in candidates if name)), None)
+
+
+class Cuda(NamedTuple):
+    """What compiles the CUDA kernels; no architecture: they are left out, and why."""
+
+    compiler: str | None = None
+    archs: tuple[str, ...] = ()
+    why_not: str = ""
+
+
+def cuda() -> Cuda:
+    """nvcc and the architectures to build, unless CITI_BUILD_CUDA is 0.
+
+    Raises:
+        SetupError: an entry of CITI_CUDA_ARCHS is no architecture.
+    """
+    compiler = nvcc()
+    if os.environ.get("CITI_BUILD_CUDA") == "0":
+        return Cuda(why_not="CITI_BUILD_CUDA is 0")
+    if compiler is None:
+        return Cuda(why_not="nvcc is not on PATH, nor in CUDA_HOME")
+    version = _version(compiler, r"release (\d+)\.(\d+)")
+    if version is None:
+        return Cuda(compiler, why_not=f"{compiler} does not run")
+    if version < LEAST_CUDA:
+        return Cuda(compiler, why_not=f"{compiler} is of CUDA {_dotted(version)}, older than 12.0")
+    known = (_output([compiler, "--list-gpu-arch"]) or "").split()
+    archs = cuda_archs(known)
+    if not any(f"compute_{arch.rstrip('af')}" in known for arch in archs):
+        wanted = ", ".join(archs or DEFAULT_ARCHS)
+        return Cuda(compiler, why_not=f"{compiler} knows none of the architectures {wanted}")
+    return Cuda(compiler, tuple(archs))
 
 
 def cuda_archs(known: list[str]) -> list[str]:
@@ -148,7 +181,21 @@ def first_error(output: str) -> str:
     return " ".join(lines[found : found + 1 + is_headline])
 
 
-def _configure_command(folder: Path, version: str) -> list[str]:
+def _configure(folder: Path, version: str, log: Path) -> None:
+    """With CUDA if it works; CMake may find that nvcc and the C++ compiler do not go together."""
+    found = cuda()
+    try:
+        _run(_configure_command(found, folder, version), log)
+    except CompileError as error:
+        if not found.archs or os.environ.get("CITI_BUILD_CUDA") == "1":
+            raise
+        found = Cuda(found.compiler, why_not=str(error))
+        _run(_configure_command(found, folder, version), log)
+    if found.compiler and found.why_not:
+        print(f"citi-kernels: built without CUDA kernels: {found.why_not}", flush=True)
+
+
+def _configure_command(found: Cuda, folder: Path, version: str) -> list[str]:
     options = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(folder),
@@ -160,15 +207,12 @@ def _configure_command(folder: Path, version: str) -> list[str]:
         "CITI_BUILD_CUDA": "OFF",
         "CITI_WERROR": "ON" if os.environ.get("CITI_WERROR") == "1" else "OFF",
     }
-    compiler = nvcc()
-    if compiler and os.environ.get("CITI_BUILD_CUDA") != "0":
-        listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True)
-        archs = cuda_archs(listed.stdout.split())
+    if found.archs:
         options |= {
             "CITI_BUILD_CUDA": "ON",
-            "CMAKE_CUDA_COMPILER": compiler,
-            "CITI_CUDA_ARCHS": ";".join(archs),
-            "CITI_CUDA_PTX": str(max(int(arch.rstrip("af")) for arch in archs)),
+            "CMAKE_CUDA_COMPILER": found.compiler,
+            "CITI_CUDA_ARCHS": ";".join(found.archs),
+            "CITI_CUDA_PTX": str(max(int(arch.rstrip("af")) for arch in found.archs)),
         }
     settings = [f"-D{name}={value}" for name, value in options.items()]
     return ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *settings]
@@ -224,10 +268,10 @@ def _output(command: list[str]) -> str | None:
     return None if result.returncode else result.stdout.decode(errors="replace")
 
 
-def _version(program: str) -> tuple[int, int] | None:
+def _version(program: str, pattern: str = r"(\d+)\.(\d+)") -> tuple[int, int] | None:
     """Of a program that is there and runs."""
     path = shutil.which(program)
-    found = re.search(r"(\d+)\.(\d+)", (path and _output([path, "--version"])) or "")
+    found = re.search(pattern, (path and _output([path, "--version"])) or "")
     return (int(found[1]), int(found[2])) if found else None
 
 

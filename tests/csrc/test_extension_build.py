@@ -169,15 +169,90 @@ def test_cuda_is_configured_when_nvcc_is_found_unless_it_is_refused(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("pybind11")
-    fake = tmp_path / "nvcc"
-    fake.write_text("#!/bin/sh\necho compute_80 compute_90\n")
-    fake.chmod(0o755)
-    monkeypatch.setattr(build, "nvcc", lambda: str(fake))
-    command = build._configure_command(tmp_path, "1.2")
+    nvcc = _nvcc(tmp_path, "12.0", "compute_80 compute_90")
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    command = build._configure_command(build.cuda(), tmp_path, "1.2")
     assert {"-DCITI_BUILD_CUDA=ON", "-DCITI_CUDA_ARCHS=80;90a", "-DCITI_CUDA_PTX=90"} <= {*command}
+    assert f"-DCMAKE_CUDA_COMPILER={nvcc}" in command
     assert "-DCITI_VERSION=1.2" in command
     monkeypatch.setenv("CITI_BUILD_CUDA", "0")
-    assert "-DCITI_BUILD_CUDA=OFF" in build._configure_command(tmp_path, "1.2")
+    assert "-DCITI_BUILD_CUDA=OFF" in build._configure_command(build.cuda(), tmp_path, "1.2")
+
+
+def _nvcc(folder: Path, release: str, known: str, code: int = 0) -> Path:
+    text = f"case $1 in --version) echo release {release}, V{release};; *) echo {known};; esac"
+    return _program(folder / "nvcc", f"#!/bin/sh\n{text}\nexit {code}\n")
+
+
+NVCC = {
+    "broken": (("12.0", "compute_90", 127), "nvcc does not run"),
+    "old": (("11.8", "compute_80 compute_90"), "nvcc is of CUDA 11.8, older than 12.0"),
+    "of other architectures": (
+        ("14.0", "compute_130"),
+        "nvcc knows none of the architectures 80, 89, 90a, 100a",
+    ),
+}
+PROJECT = "cmake_minimum_required(VERSION 3.24)\nproject(nothing LANGUAGES NONE)\n"
+
+
+@pytest.fixture
+def project(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A source of which CMake makes nothing, in a hurry."""
+    if missing := [name for name in ("cmake", "ninja", "c++") if shutil.which(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not found")
+    monkeypatch.setattr(build, "_source_digest", lambda: "digest")
+    monkeypatch.setattr(build, "_pybind11_headers", lambda folder: folder)
+    monkeypatch.setattr(build, "ROOT", tmp_path / "source")
+    (tmp_path / "source" / "build").mkdir(parents=True)
+    (tmp_path / "source" / "CMakeLists.txt").write_text(PROJECT)
+    return tmp_path / "source"
+
+
+def _configured(build: ModuleType, source: Path) -> str:
+    """What CMake was asked for and said."""
+    log = source / "log"
+    log.write_text("")
+    build._configure(source / "build", "1.2", log)
+    return log.read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script is the compiler")
+@pytest.mark.parametrize(("kind", "reason"), NVCC.values(), ids=NVCC)
+def test_an_nvcc_that_will_not_do_is_a_line_or_an_error_where_cuda_is_required(
+    build: ModuleType,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    kind: tuple,
+    reason: str,
+) -> None:
+    pytest.importorskip("pybind11")
+    monkeypatch.setenv("CUDACXX", str(_nvcc(project, *kind)))
+    assert "-DCITI_BUILD_CUDA=OFF" in _configured(build, project)
+    wanted = f"citi-kernels: built without CUDA kernels: {project}/{reason}\n"
+    assert capsys.readouterr().out == wanted
+    monkeypatch.setenv("CITI_BUILD_CUDA", "1")
+    with pytest.raises(build.SetupError, match=f"CITI_BUILD_CUDA=1 wants .*{reason}"):
+        build.extensions()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script is the compiler")
+def test_an_nvcc_that_cmake_refuses_is_a_line_or_an_error_where_cuda_is_required(
+    build: ModuleType,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setenv("CUDACXX", str(_nvcc(project, "12.0", "compute_90")))
+    refusal = 'if(CITI_BUILD_CUDA)\n  message(FATAL_ERROR "unsupported GNU version")\nendif()\n'
+    (project / "CMakeLists.txt").write_text(PROJECT + refusal)
+    _configured(build, project)
+    line = capsys.readouterr().out
+    assert line.startswith("citi-kernels: built without CUDA kernels: CMake Error at CMakeLists")
+    assert "unsupported GNU version" in line
+    monkeypatch.setenv("CITI_BUILD_CUDA", "1")
+    with pytest.raises(build.CompileError, match="unsupported GNU version"):
+        _configured(build, project)
 
 
 def test_a_wheel_holds_no_module_of_an_earlier_one(tmp_path: Path) -> None:
