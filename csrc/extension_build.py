@@ -9,17 +9,19 @@
 Without a C++ compiler the package installs as pure Python, and one line says so. CMake, ninja and
 pybind11 are asked of pip only where something can be built and they are not there already, so that
 an installation without network asks for setuptools alone. The build folder stays: a rebuild
-compiles what changed.
+compiles what changed, and all of it where the compilers or the place of the source did.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +108,8 @@ class BuildExtension(build_ext):
         log = folder / "build.log"
         log.write_text("")
         _configure(folder, self.distribution.get_version(), log)
+        # one of an older build is never taken for this one's
+        (folder / library.name).unlink(missing_ok=True)
         _run(["cmake", "--build", str(folder)], log)
         library.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(folder / library.name, library)
@@ -185,14 +189,28 @@ def _configure(folder: Path, version: str, log: Path) -> None:
     """With CUDA if it works; CMake may find that nvcc and the C++ compiler do not go together."""
     found = cuda()
     try:
-        _run(_configure_command(found, folder, version), log)
+        _configure_with(found, folder, version, log)
     except CompileError as error:
         if not found.archs or os.environ.get("CITI_BUILD_CUDA") == "1":
             raise
         found = Cuda(found.compiler, why_not=str(error))
-        _run(_configure_command(found, folder, version), log)
+        _configure_with(found, folder, version, log)
     if found.compiler and found.why_not:
         print(f"citi-kernels: built without CUDA kernels: {found.why_not}", flush=True)
+
+
+def _configure_with(found: Cuda, folder: Path, version: str, log: Path) -> None:
+    """CMake keeps what it found once, and drops settings where a compiler changes: it begins anew
+    unless what it cannot follow is as stamped."""
+    path, partial = folder / "stamp.json", folder / "stamp.partial"
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    stamp = _stamp(found)
+    if not found.archs:
+        stamp["nvcc"] = earlier.get("nvcc", "")  # it is not looked at
+    path.unlink(missing_ok=True)
+    _run(_configure_command(found, folder, version) + ["--fresh"] * (stamp != earlier), log)
+    partial.write_text(json.dumps(stamp))
+    partial.replace(path)
 
 
 def _configure_command(found: Cuda, folder: Path, version: str) -> list[str]:
@@ -216,6 +234,18 @@ def _configure_command(found: Cuda, folder: Path, version: str) -> list[str]:
         }
     settings = [f"-D{name}={value}" for name, value in options.items()]
     return ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *settings]
+
+
+def _stamp(found: Cuda) -> dict[str, str]:
+    names = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX")
+    return {
+        **{name: os.environ.get(name, "") for name in names},
+        "source": str(ROOT),
+        "python": sys.executable,
+        "suffix": sysconfig.get_config_var("EXT_SUFFIX") or "",
+        "compiler": os.path.realpath(_compiler() or ""),
+        "nvcc": os.path.realpath(found.compiler or ""),
+    }
 
 
 def _source_digest() -> str:

@@ -255,6 +255,50 @@ def test_an_nvcc_that_cmake_refuses_is_a_line_or_an_error_where_cuda_is_required
         _configured(build, project)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a shell script is the compiler")
+def test_the_build_folder_begins_anew_where_cmake_would_not_follow(
+    build: ModuleType, project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CITI_BUILD_CUDA", "0")
+    _configured(build, project)
+    assert "--fresh" not in _configured(build, project)
+    monkeypatch.setenv("CXXFLAGS", "-g")
+    assert "--fresh" in _configured(build, project)
+    monkeypatch.setenv("CXX", str(_program(tmp_path / "other" / "c++", "#!/bin/sh\n")))
+    assert "--fresh" in _configured(build, project)
+    monkeypatch.setenv("CITI_BUILD_CUDA", "auto")
+    for name, is_fresh in (("one", True), ("one", False), ("two", True)):
+        monkeypatch.setenv("CUDACXX", str(_nvcc(tmp_path / name, "12.0", "compute_90")))
+        assert ("--fresh" in _configured(build, project)) is is_fresh
+    monkeypatch.setenv("CITI_BUILD_CUDA", "0")
+    assert "--fresh" not in _configured(build, project)
+    copy = shutil.copytree(project, tmp_path / "copy")
+    monkeypatch.setattr(build, "ROOT", copy)
+    assert "--fresh" in _configured(build, copy)
+    assert "--fresh" not in _configured(build, copy)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script is CMake")
+def test_a_module_of_an_older_build_is_not_taken_for_this_ones(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from setuptools import Distribution
+
+    _program(tmp_path / "cmake", "#!/bin/sh\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "_configure", lambda *arguments: None)
+    command = build.BuildExtension(Distribution({"name": "citi-kernels", "version": "1.2"}))
+    command.build_lib = str(tmp_path / "out")
+    command.ensure_finalized()
+    built = tmp_path / "build" / f"cmake-{sys.implementation.cache_tag}"
+    built.mkdir(parents=True)
+    old = built / Path(command.get_ext_fullpath("citi_kernels._C")).name
+    old.write_text("of an older build")
+    with pytest.raises(FileNotFoundError):
+        command.build_extension(build.Extension("citi_kernels._C", sources=[]))
+
+
 def test_a_wheel_holds_no_module_of_an_earlier_one(tmp_path: Path) -> None:
     source = _copy_of_the_source(tmp_path)
     deleted = source / "build" / "lib" / "citi_kernels" / "deleted.py"
