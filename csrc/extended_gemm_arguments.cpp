@@ -56,28 +56,9 @@ std::string InvalidBias(const ExtendedGemm& gemm) {
   return InvalidVector("bias", gemm.bias, gemm.num_columns);
 }
 
-// The bytes from the first to the last element; rows and columns stay within storage.
-Vector BytesOf(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
-  const int64_t size = (num_rows - 1) * matrix.row_stride + num_columns;
-  return {const_cast<void*>(matrix.data), 0, matrix.dtype, size};
-}
-
-std::string InvalidOverlap(const ExtendedGemm& gemm) {
-  const ExtendedGemmNames names = NamesOf(gemm);
-  const bool is_transposed = gemm.is_input_gradient;
-  const auto right = [&](const Matrix& matrix, int64_t depth) {
-    return is_transposed ? BytesOf(matrix, depth, gemm.num_columns)
-                         : BytesOf(matrix, gemm.num_columns, depth);
-  };
-  const Vector out = BytesOf(gemm.out, gemm.num_rows, gemm.num_columns);
-  bool overlaps = Overlap(out, BytesOf(gemm.left, gemm.num_rows, gemm.depth)) ||
-                  Overlap(out, right(gemm.right, gemm.depth));
-  if (gemm.more > 0) {
-    overlaps = overlaps || Overlap(out, BytesOf(gemm.more_left, gemm.num_rows, gemm.more)) ||
-               Overlap(out, right(gemm.more_right, gemm.more));
-  }
-  if (gemm.bias.data != nullptr) overlaps = overlaps || Overlap(out, gemm.bias);
-  return overlaps ? std::string(names.out) + ": must not overlap an input" : "";
+Vector ExtentOfRight(const ExtendedGemm& gemm, const Matrix& right, int64_t depth) {
+  return gemm.is_input_gradient ? ExtentOf(right, depth, gemm.num_columns)
+                                : ExtentOf(right, gemm.num_columns, depth);
 }
 
 }  // namespace
@@ -101,6 +82,18 @@ ExtendedGemm InputGradientProblem(int64_t num_tokens, int64_t num_in, int64_t nu
 ExtendedGemmNames NamesOf(const ExtendedGemm& gemm) {
   if (gemm.is_input_gradient) return {"dy", "weight", "dz", "stack", "dx"};
   return {"x", "weight", "u", "b", "y"};
+}
+
+std::vector<Named> TensorsOf(const ExtendedGemm& gemm) {
+  const ExtendedGemmNames names = NamesOf(gemm);
+  std::vector<Named> tensors = {{names.out, ExtentOf(gemm.out, gemm.num_rows, gemm.num_columns)},
+                                {names.left, ExtentOf(gemm.left, gemm.num_rows, gemm.depth)},
+                                {names.right, ExtentOfRight(gemm, gemm.right, gemm.depth)},
+                                {"bias", gemm.bias}};
+  if (gemm.more > 0) {
+    tensors.push_back({names.more_right, ExtentOfRight(gemm, gemm.more_right, gemm.more)});
+  }
+  return tensors;
 }
 
 std::string Invalid(const ExtendedGemm& gemm) {
@@ -130,8 +123,12 @@ std::string Invalid(const ExtendedGemm& gemm) {
     problem = "order: groups must have 0 to " + std::to_string(kMaxGroupRows) + " rows, got " +
               std::to_string(gemm.order.group_rows);
   }
-  if (problem.empty()) problem = InvalidOverlap(gemm);
-  return problem;
+  if (!problem.empty()) return problem;
+  std::vector<Named> tensors = TensorsOf(gemm);
+  if (gemm.more > 0) {
+    tensors.push_back({names.more_left, ExtentOf(gemm.more_left, gemm.num_rows, gemm.more)});
+  }
+  return InvalidOverlap(tensors, 1);
 }
 
 }  // namespace citi

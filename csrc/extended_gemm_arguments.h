@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "tensors.h"
 
@@ -59,5 +60,8 @@ struct ExtendedGemmNames {
   const char* out;
 };
 ExtendedGemmNames NamesOf(const ExtendedGemm& gemm);
+
+// The memory of the operands, out's first; without more_left, of which a kernel may write more.
+std::vector<Named> TensorsOf(const ExtendedGemm& gemm);
 
 }  // namespace citi

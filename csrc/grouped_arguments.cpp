@@ -19,10 +19,7 @@ std::string InvalidSizes(const std::initializer_list<std::pair<const char*, int6
 }
 
 std::string InvalidIndices(const std::string& name, const Indices& indices, int64_t size) {
-  // An int32 is as wide as an fp32.
-  const Vector vector{const_cast<int32_t*>(indices.data), indices.num_bytes, DType::kFloat32,
-                      indices.size};
-  return InvalidVector(name, vector, size);
+  return InvalidVector(name, ExtentOf(indices), size);
 }
 
 std::string InvalidRouting(const Routing& routing) {
@@ -68,26 +65,6 @@ std::string InvalidOutput(const Matrix& out, DType dtype, int64_t num_rows, int6
     problem = "out: rows must not overlap";
   }
   return problem;
-}
-
-// From the first to the last element, as bytes.
-Vector Extent(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
-  const int64_t size = (num_rows - 1) * matrix.row_stride + num_columns;
-  return {const_cast<void*>(matrix.data), matrix.num_bytes, matrix.dtype, size};
-}
-
-Vector Extent(const Indices& indices) {
-  return {const_cast<int32_t*>(indices.data), indices.num_bytes, DType::kFloat32, indices.size};
-}
-
-std::string Overlapping(const std::string& name, const Vector& output,
-                        const std::initializer_list<std::pair<const char*, Vector>>& others) {
-  for (const auto& [other_name, other] : others) {
-    if (other.data != nullptr && Overlap(output, other)) {
-      return name + ": must not overlap " + other_name;
-    }
-  }
-  return "";
 }
 
 int64_t NumRows(const Routing& routing, const Rows& rows) {
@@ -139,21 +116,18 @@ std::string InvalidOptionals(const GroupedProduct& p, int64_t num_tiles) {
   return InvalidVector("dots", p.dots, num_tiles * p.routing.num_slots());
 }
 
-std::string InvalidOverlap(const GroupedProduct& p) {
+std::string Overlapping(const GroupedProduct& p) {
   const Shape weight = WeightShape(p);
   const Routing& routing = p.routing;
-  const Vector out = Extent(p.out.matrix, NumRows(routing, p.out), p.num_out);
-  const std::initializer_list<std::pair<const char*, Vector>> inputs = {
-      {"rows", Extent(p.rows.matrix, NumRows(routing, p.rows), p.num_in)},
-      {"weight", Extent(p.weight, weight.num_rows, weight.num_columns)},
-      {"gates", Extent(p.gates, routing.num_tokens, routing.num_experts + 1)},
-      {"factors", Extent(p.factors, routing.num_slots(), p.num_out)},
-      {"order", Extent(routing.order)},
-      {"offsets", Extent(routing.offsets)}};
-  std::string problem = Overlapping("out", out, inputs);
-  if (!problem.empty() || p.dots.data == nullptr) return problem;
-  problem = Overlapping("dots", p.dots, {{"out", out}});
-  return problem.empty() ? Overlapping("dots", p.dots, inputs) : problem;
+  return InvalidOverlap({{"out", ExtentOf(p.out.matrix, NumRows(routing, p.out), p.num_out)},
+                         {"dots", p.dots},
+                         {"rows", ExtentOf(p.rows.matrix, NumRows(routing, p.rows), p.num_in)},
+                         {"weight", ExtentOf(p.weight, weight.num_rows, weight.num_columns)},
+                         {"gates", ExtentOf(p.gates, routing.num_tokens, routing.num_experts + 1)},
+                         {"factors", ExtentOf(p.factors, routing.num_slots(), p.num_out)},
+                         {"order", ExtentOf(routing.order)},
+                         {"offsets", ExtentOf(routing.offsets)}},
+                        2);
 }
 
 }  // namespace
@@ -173,7 +147,7 @@ std::string Invalid(const GroupedProduct& p, int64_t num_tiles) {
     problem = InvalidOutput(p.out.matrix, dtype, NumRows(p.routing, p.out), p.num_out);
   }
   if (problem.empty()) problem = InvalidOptionals(p, num_tiles);
-  if (problem.empty()) problem = InvalidOverlap(p);
+  if (problem.empty()) problem = Overlapping(p);
   return problem;
 }
 
@@ -191,11 +165,13 @@ std::string Invalid(const GroupedGradient& g) {
   }
   if (problem.empty()) problem = InvalidOutput(g.out, dtype, shape.num_rows, shape.num_columns);
   if (!problem.empty()) return problem;
-  return Overlapping("out", Extent(g.out, shape.num_rows, shape.num_columns),
-                     {{"left", Extent(g.left.matrix, NumRows(routing, g.left), g.num_rows)},
-                      {"right", Extent(g.right.matrix, NumRows(routing, g.right), g.num_columns)},
-                      {"order", Extent(routing.order)},
-                      {"offsets", Extent(routing.offsets)}});
+  return InvalidOverlap(
+      {{"out", ExtentOf(g.out, shape.num_rows, shape.num_columns)},
+       {"left", ExtentOf(g.left.matrix, NumRows(routing, g.left), g.num_rows)},
+       {"right", ExtentOf(g.right.matrix, NumRows(routing, g.right), g.num_columns)},
+       {"order", ExtentOf(routing.order)},
+       {"offsets", ExtentOf(routing.offsets)}},
+      1);
 }
 
 }  // namespace citi

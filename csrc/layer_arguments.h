@@ -49,4 +49,9 @@ std::string Invalid(const LayerShape& shape);
 std::string Invalid(const LayerForward& layer);
 std::string Invalid(const LayerBackward& layer);
 
+// What is written that overlaps something else, or "": passes run beside others. Of a layer whose
+// passes are known to be valid; without data a workspace is left out.
+std::string InvalidOverlap(const LayerForward& layer, const Vector& workspace);
+std::string InvalidOverlap(const LayerBackward& layer, const Vector& workspace);
+
 }  // namespace citi

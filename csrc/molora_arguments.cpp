@@ -11,40 +11,19 @@ constexpr int64_t kMaxSize = int64_t{1} << 40;
 
 bool IsTaken(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kBFloat16; }
 
-// Bytes that an argument covers.
-struct Extent {
-  const char* name;
-  uintptr_t begin, end;
-  bool is_output;
-};
-
-Extent ExtentOf(const char* name, const Vector& vector, bool is_output) {
-  const auto begin = reinterpret_cast<uintptr_t>(vector.data);
-  const auto size = static_cast<uintptr_t>(vector.size * SizeOf(vector.dtype));
-  return {name, begin, begin + size, is_output};
-}
-
-Extent ExtentOf(const char* name, const Matrix& matrix, int64_t num_rows, int64_t num_columns,
-                bool is_output) {
-  const auto begin = reinterpret_cast<uintptr_t>(matrix.data);
-  if (num_rows == 0 || num_columns == 0) return {name, begin, begin, is_output};
-  const int64_t last =
-      (num_rows - 1) * matrix.row_stride + (num_columns - 1) * matrix.column_stride;
-  const auto size = static_cast<uintptr_t>((last + 1) * SizeOf(matrix.dtype));
-  return {name, begin, begin + size, is_output};
-}
-
 // Checks one argument after the other until the first that is wrong.
 class Checker {
  public:
-  explicit Checker(const MoloraSizes& sizes) : problem_(Invalid(sizes)) {}
+  explicit Checker(const MoloraSizes& sizes) : problem_(Invalid(sizes)) {
+    tensors_.reserve(16);  // more than a problem has arguments
+  }
 
   void CheckInput(const char* name, const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
     if (!CheckMatrix(name, matrix, num_rows, num_columns)) return;
-    Keep(ExtentOf(name, matrix, num_rows, num_columns, false));
+    tensors_.push_back({name, ExtentOf(matrix, num_rows, num_columns)});
   }
   void CheckInput(const char* name, const Vector& vector, int64_t size) {
-    if (CheckVector(name, vector, size)) Keep(ExtentOf(name, vector, false));
+    if (CheckVector(name, vector, size)) tensors_.push_back({name, vector});
   }
   // Rows that lie apart, so that two threads never write to one element.
   void CheckOutput(const char* name, const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
@@ -55,10 +34,10 @@ class Checker {
       problem_ = std::string(name) + ": rows must be contiguous and lie apart";
       return;
     }
-    Keep(ExtentOf(name, matrix, num_rows, num_columns, true));
+    KeepOutput({name, ExtentOf(matrix, num_rows, num_columns)});
   }
   void CheckOutput(const char* name, const Vector& vector, int64_t size) {
-    if (CheckVector(name, vector, size)) Keep(ExtentOf(name, vector, true));
+    if (CheckVector(name, vector, size)) KeepOutput({name, vector});
   }
   void CheckDType(const char* name, DType dtype, DType wanted) {
     if (problem_.empty() && dtype != wanted) {
@@ -78,7 +57,9 @@ class Checker {
     if (problem_.empty() && !holds) problem_ = otherwise;
   }
   bool IsFine() const { return problem_.empty(); }
-  std::string Problem() const { return problem_.empty() ? Overlapping() : problem_; }
+  std::string Problem() const {
+    return problem_.empty() ? InvalidOverlap(tensors_, num_outputs_) : problem_;
+  }
 
  private:
   bool CheckMatrix(const char* name, const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
@@ -92,28 +73,13 @@ class Checker {
     return problem_.empty();
   }
 
-  void Keep(const Extent& extent) { extents_[num_extents_++] = extent; }
-
-  // Every output must lie apart from the inputs and from the other outputs.
-  std::string Overlapping() const {
-    for (int i = 0; i < num_extents_; ++i) {
-      const Extent& one = extents_[i];
-      for (int j = 0; j < num_extents_; ++j) {
-        const Extent& other = extents_[j];
-        if (j == i || !one.is_output || (other.is_output && j > i)) continue;
-        if (one.begin < other.end && other.begin < one.end) {
-          return std::string(one.name) + ": must not overlap " + other.name;
-        }
-      }
-    }
-    return "";
+  void KeepOutput(const Named& output) {
+    tensors_.insert(tensors_.begin() + static_cast<int64_t>(num_outputs_++), output);
   }
 
-  static constexpr int kMaxExtents = 16;  // more than a problem has arguments
-
   std::string problem_;
-  Extent extents_[kMaxExtents];
-  int num_extents_ = 0;
+  std::vector<Named> tensors_;  // outputs first
+  size_t num_outputs_ = 0;
 };
 
 void CheckAdapter(const MoloraSizes& sizes, const Matrix& a, const Matrix& b, const Matrix& router,

@@ -36,9 +36,7 @@ std::string InvalidParts(const ParameterScores& problem, int64_t num_parts) {
   }
   if (parts.data == nullptr) return "parts: must be given, but for scores of elements";
   if (parts.dtype != DType::kFloat32) return "parts: dtype must be fp32";
-  std::string wrong = InvalidVector("parts", parts, num_parts);
-  if (wrong.empty() && Overlap(problem.scores, parts)) wrong = "parts: must not overlap scores";
-  return wrong;
+  return InvalidVector("parts", parts, num_parts);
 }
 
 }  // namespace
@@ -82,7 +80,15 @@ std::string Invalid(const ParameterScores& problem, int64_t num_parts) {
     if (problem.valid.dtype != DType::kBool) return "valid: dtype must be bool";
     wrong = InvalidVector("valid", problem.valid, problem.num_tokens);
   }
-  return wrong.empty() ? InvalidParts(problem, num_parts) : wrong;
+  if (wrong.empty()) wrong = InvalidParts(problem, num_parts);
+  if (!wrong.empty()) return wrong;
+  return InvalidOverlap({{"parts", problem.parts},
+                         {"scores", problem.scores},
+                         {"weight", ExtentOf(problem.weight, problem.num_out, problem.num_in)},
+                         {"x", ExtentOf(problem.x, problem.num_tokens, problem.num_in)},
+                         {"g", ExtentOf(problem.g, problem.num_tokens, problem.num_out)},
+                         {"valid", problem.valid}},
+                        2);
 }
 
 }  // namespace citi

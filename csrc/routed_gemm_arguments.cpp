@@ -2,7 +2,6 @@
 #include "whole_numbers.h"
 
 #include <utility>
-#include <vector>
 
 namespace citi {
 namespace {
@@ -55,11 +54,6 @@ std::string InvalidCounts(const Indices& counts, int64_t size) {
   return "";
 }
 
-Vector BytesOf(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
-  const int64_t size = (num_rows - 1) * matrix.row_stride + num_columns;
-  return {const_cast<void*>(matrix.data), 0, matrix.dtype, size};
-}
-
 // As many as the kernel writes: with those that pad it, which the GEMM does not read.
 int64_t ColumnsOfMoreLeft(const RoutedGemm& routed) {
   return routed.gemm.is_input_gradient ? routed.shape.num_rows() : routed.shape.padded_ranks();
@@ -72,45 +66,22 @@ std::string InvalidMoreLeft(const RoutedGemm& routed) {
   return InvalidMatrix(name, routed.gemm.more_left, routed.shape.num_tokens, num_columns);
 }
 
-// What the kernel writes overlaps nothing else. `out` and the operands of the GEMM are known not
-// to overlap.
-std::string InvalidOverlap(const RoutedGemm& routed) {
+// What the kernel writes overlaps nothing else. In an input gradient h and probs are read, but dx
+// must not lie over them.
+std::string Overlapping(const RoutedGemm& routed) {
   const ExtendedGemm& gemm = routed.gemm;
-  const ExtendedGemmNames names = NamesOf(gemm);
   const bool is_gradient = gemm.is_input_gradient;
-  const auto right = [&](const Matrix& matrix, int64_t depth) {
-    return is_gradient ? BytesOf(matrix, depth, gemm.num_columns)
-                       : BytesOf(matrix, gemm.num_columns, depth);
-  };
-  const int64_t num_ranks = routed.shape.num_ranks();
-  const Vector narrow = is_gradient ? BytesOf(routed.narrow, gemm.depth, num_ranks)
-                                    : BytesOf(routed.narrow, routed.shape.num_rows(), gemm.depth);
-  // counts are of 4 bytes, as fp32 is
-  const Vector counts{const_cast<int32_t*>(routed.counts.data), routed.counts.num_bytes,
-                      DType::kFloat32, routed.counts.size};
-  std::vector<std::pair<const char*, Vector>> tensors = {
-      {names.more_left, BytesOf(gemm.more_left, gemm.num_rows, ColumnsOfMoreLeft(routed))},
-      {"counts", counts},
-      {"h", routed.h},
-      {"probs", routed.probs},
-      {names.out, BytesOf(gemm.out, gemm.num_rows, gemm.num_columns)},
-      {names.left, BytesOf(gemm.left, gemm.num_rows, gemm.depth)},
-      {names.right, right(gemm.right, gemm.depth)},
-      {names.more_right, right(gemm.more_right, gemm.more)},
-      {is_gradient ? "b" : "stack", narrow},
-      {"bias", gemm.bias},
-      {"dgate", routed.dgate}};
-  // In an input gradient h and probs are read, but dx must not lie over them.
-  constexpr size_t kNumWritten = 5;
-  for (size_t i = 0; i < kNumWritten; ++i) {
-    for (size_t j = i + 1; j < tensors.size(); ++j) {
-      if (tensors[j].second.data == nullptr) continue;
-      if (Overlap(tensors[i].second, tensors[j].second)) {
-        return std::string(tensors[i].first) + ": must not overlap " + tensors[j].first;
-      }
-    }
-  }
-  return "";
+  const Vector narrow = is_gradient ? ExtentOf(routed.narrow, gemm.depth, routed.shape.num_ranks())
+                                    : ExtentOf(routed.narrow, routed.shape.num_rows(), gemm.depth);
+  std::vector<Named> tensors = TensorsOf(gemm);
+  const Vector more_left = ExtentOf(gemm.more_left, gemm.num_rows, ColumnsOfMoreLeft(routed));
+  tensors.insert(tensors.begin(), {{NamesOf(gemm).more_left, more_left},
+                                   {"counts", ExtentOf(routed.counts)},
+                                   {"h", routed.h},
+                                   {"probs", routed.probs}});
+  tensors.push_back({is_gradient ? "b" : "stack", narrow});
+  tensors.push_back({"dgate", routed.dgate});
+  return InvalidOverlap(tensors, 5);
 }
 
 }  // namespace
@@ -152,7 +123,7 @@ std::string Invalid(const RoutedGemm& routed) {
     check(InvalidRankSpace("dgate", routed.dgate, DType::kFloat32, num_tokens, shape.num_gates()));
   }
   check(InvalidCounts(routed.counts, NumCounts(routed)));
-  if (problem.empty()) check(InvalidOverlap(routed));
+  if (problem.empty()) check(Overlapping(routed));
   return problem;
 }
 

@@ -45,10 +45,14 @@ std::string Invalid(const RowDots& dots, int64_t num_parts) {
   }
   if (problem.empty()) problem = InvalidOptionals(dots);
   if (problem.empty()) problem = InvalidVector("parts", dots.parts, num_parts * num_segments);
-  if (problem.empty() && Overlap(dots.scores, dots.parts)) {
-    problem = "parts: must not overlap scores";
-  }
-  return problem;
+  if (!problem.empty()) return problem;
+  return InvalidOverlap({{"parts", dots.parts},
+                         {"scores", dots.scores},
+                         {"a", ExtentOf(dots.a, dots.num_tokens, dots.num_features)},
+                         {"b", ExtentOf(dots.b, dots.num_tokens, dots.num_features)},
+                         {"valid", dots.valid},
+                         {"offset", dots.offset}},
+                        2);
 }
 
 }  // namespace citi

@@ -50,9 +50,7 @@ std::string InvalidSums(const ScoreTile& tile) {
   }
   if (tile.sums.data == nullptr) return "sums: must be given, but for scores of elements";
   if (tile.sums.dtype != DType::kFloat64) return "sums: dtype must be fp64";
-  std::string wrong = InvalidVector("sums", tile.sums, tile.num_sums());
-  if (wrong.empty() && Overlap(tile.scores, tile.sums)) wrong = "sums: must not overlap scores";
-  return wrong;
+  return InvalidVector("sums", tile.sums, tile.num_sums());
 }
 
 }  // namespace
@@ -69,7 +67,13 @@ std::string Invalid(const ScoreTile& tile) {
   std::string wrong = InvalidOperand("gradient", tile.gradient, tile);
   if (wrong.empty()) wrong = InvalidOperand("weight", tile.weight, tile);
   if (wrong.empty()) wrong = InvalidScores(tile);
-  return wrong.empty() ? InvalidSums(tile) : wrong;
+  if (wrong.empty()) wrong = InvalidSums(tile);
+  if (!wrong.empty()) return wrong;
+  return InvalidOverlap({{"sums", tile.sums},
+                         {"scores", tile.scores},
+                         {"gradient", ExtentOf(tile.gradient, tile.num_rows, tile.num_columns)},
+                         {"weight", ExtentOf(tile.weight, tile.num_rows, tile.num_columns)}},
+                        2);
 }
 
 }  // namespace citi

@@ -57,32 +57,6 @@ std::string InvalidRows(const std::string& name, const Matrix& matrix, int64_t n
   return InvalidMatrix(name, matrix, num_rows, num_columns);
 }
 
-// A tensor by its name; null: left out.
-struct Named {
-  const char* name;
-  Vector vector;
-};
-
-Vector AsBytes(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
-  const int64_t size =
-      (num_rows - 1) * matrix.row_stride + (num_columns - 1) * matrix.column_stride + 1;
-  return {const_cast<void*>(matrix.data), matrix.num_bytes, matrix.dtype, size};
-}
-
-// The first `num_written` of the tensors overlap none of the others.
-std::string InvalidOverlap(const std::vector<Named>& tensors, size_t num_written) {
-  for (size_t i = 0; i < num_written; ++i) {
-    if (tensors[i].vector.data == nullptr) continue;
-    for (size_t j = i + 1; j < tensors.size(); ++j) {
-      if (tensors[j].vector.data == nullptr) continue;
-      if (Overlap(tensors[i].vector, tensors[j].vector)) {
-        return std::string(tensors[i].name) + ": must not overlap " + tensors[j].name;
-      }
-    }
-  }
-  return "";
-}
-
 std::string InvalidCount(const std::string& name, int64_t count, int64_t most) {
   if (count >= 1 && count <= most) return "";
   return name + ": must be in [1, " + std::to_string(most) + "], got " + std::to_string(count);
@@ -104,11 +78,6 @@ std::string InvalidNumbers(const std::string& name, const Indices& numbers, int6
            " bytes of its storage";
   }
   return "";
-}
-
-// As fp32, which has as many bytes.
-Vector AsBytes(const Indices& numbers) {
-  return {const_cast<int32_t*>(numbers.data), numbers.num_bytes, DType::kFloat32, numbers.size};
 }
 
 }  // namespace
@@ -148,11 +117,11 @@ std::string Invalid(const PackArguments& s) {
       return "sources: must lie within the rows and columns of out";
     }
     problem = InvalidMatrix("sources", each.matrix, each.num_rows, each.num_columns);
-    tensors.push_back({"sources", AsBytes(each.matrix, each.num_rows, each.num_columns)});
+    tensors.push_back({"sources", ExtentOf(each.matrix, each.num_rows, each.num_columns)});
   }
   if (problem.empty()) problem = InvalidNumbers("zeros", s.zeros, 0);
   if (!problem.empty()) return problem;
-  tensors.insert(tensors.begin(), {"zeros", AsBytes(s.zeros)});
+  tensors.insert(tensors.begin(), {"zeros", ExtentOf(s.zeros)});
   return InvalidOverlap(tensors, 2);
 }
 
@@ -180,7 +149,7 @@ std::string Invalid(const ShrinkArguments& s, int64_t num_splits) {
                          {"u", s.u},
                          {"probs", s.probs},
                          {"parts", s.parts},
-                         {"x", AsBytes(s.x, num_tokens, s.num_inputs)},
+                         {"x", ExtentOf(s.x, num_tokens, s.num_inputs)},
                          {"stack", s.stack}},
                         4);
 }
@@ -197,7 +166,7 @@ std::string Invalid(const RowProductArguments& s, int64_t num_splits) {
        InvalidTensor("parts", s.parts, DType::kFloat32, {num_splits, s.num_tokens, s.num_rows})});
   if (!problem.empty()) return problem;
   return InvalidOverlap({{"parts", s.parts},
-                         {"wide", AsBytes(s.wide, s.num_tokens, s.num_columns)},
+                         {"wide", ExtentOf(s.wide, s.num_tokens, s.num_columns)},
                          {"rows", s.rows}},
                         1);
 }
@@ -238,11 +207,11 @@ std::string Invalid(const FactorArguments& s, int64_t num_tiles, int64_t num_sha
   if (!problem.empty()) return problem;
   return InvalidOverlap({{"parts", s.parts},
                          {"du", s.du},
-                         {"done", AsBytes(s.done)},
-                         {"counts", AsBytes(s.counts)},
+                         {"done", ExtentOf(s.done)},
+                         {"counts", ExtentOf(s.counts)},
                          {"b", s.b},
-                         {"wide", AsBytes(s.wide, s.num_tokens, s.num_columns)},
-                         {"narrow", AsBytes(s.narrow, s.num_tokens, s.num_narrow)}},
+                         {"wide", ExtentOf(s.wide, s.num_tokens, s.num_columns)},
+                         {"narrow", ExtentOf(s.narrow, s.num_tokens, s.num_narrow)}},
                         3);
 }
 
@@ -319,7 +288,7 @@ std::string Invalid(const InputUpdateArguments& s) {
   }
   if (!problem.empty()) return problem;
   return InvalidOverlap(
-      {{"dx", AsBytes(s.dx, num_tokens, s.num_inputs)}, {"dz", s.dz}, {"stack", s.stack}}, 1);
+      {{"dx", ExtentOf(s.dx, num_tokens, s.num_inputs)}, {"dz", s.dz}, {"stack", s.stack}}, 1);
 }
 
 std::string Invalid(const NonFiniteArguments& s) {
@@ -339,8 +308,8 @@ std::string Invalid(const NonFiniteArguments& s) {
              InvalidTensor("probs", s.probs, DType::kFloat32, {num_tokens, s.shape.num_gates()})});
   if (!problem.empty()) return problem;
   return InvalidOverlap({{"out", s.out},
-                         {"left", AsBytes(s.left, num_tokens, num_ranks)},
-                         {"right", AsBytes(s.right, num_ranks, s.num_columns)},
+                         {"left", ExtentOf(s.left, num_tokens, num_ranks)},
+                         {"right", ExtentOf(s.right, num_ranks, s.num_columns)},
                          {"probs", s.probs}},
                         1);
 }

@@ -17,12 +17,38 @@ int64_t Reach(int64_t n, int64_t stride) {
 
 bool IsFloating(DType dtype) { return IsKnown(dtype) && dtype != DType::kBool; }
 
+Vector ExtentOf(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
+  int64_t size = 0;
+  if (num_rows > 0 && num_columns > 0) {
+    size = (num_rows - 1) * matrix.row_stride + (num_columns - 1) * matrix.column_stride + 1;
+  }
+  return {const_cast<void*>(matrix.data), matrix.num_bytes, matrix.dtype, size};
+}
+
+Vector ExtentOf(const Indices& indices) {
+  return {const_cast<int32_t*>(indices.data), indices.num_bytes, DType::kFloat32, indices.size};
+}
+
 bool Overlap(const Vector& one, const Vector& other) {
+  if (one.size == 0 || other.size == 0) return false;
   const auto first = reinterpret_cast<uintptr_t>(one.data);
   const auto second = reinterpret_cast<uintptr_t>(other.data);
   const auto first_size = static_cast<uintptr_t>(one.size * SizeOf(one.dtype));
   const auto second_size = static_cast<uintptr_t>(other.size * SizeOf(other.dtype));
   return first < second + second_size && second < first + first_size;
+}
+
+std::string InvalidOverlap(const std::vector<Named>& tensors, size_t num_written) {
+  for (size_t i = 0; i < num_written; ++i) {
+    if (tensors[i].vector.data == nullptr) continue;
+    for (size_t j = i + 1; j < tensors.size(); ++j) {
+      if (tensors[j].vector.data == nullptr) continue;
+      if (Overlap(tensors[i].vector, tensors[j].vector)) {
+        return std::string(tensors[i].name) + ": must not overlap " + tensors[j].name;
+      }
+    }
+  }
+  return "";
 }
 
 std::string InvalidMatrix(const std::string& name, const Matrix& matrix, int64_t num_rows,

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "dtype.h"
 
@@ -44,6 +45,19 @@ std::string InvalidVector(const std::string& name, const Vector& vector, int64_t
 
 bool IsFloating(DType dtype);
 
+// From the first to the last element. Indices: as fp32, which has as many bytes.
+Vector ExtentOf(const Matrix& matrix, int64_t num_rows, int64_t num_columns);
+Vector ExtentOf(const Indices& indices);
+
 bool Overlap(const Vector& one, const Vector& other);
+
+// A tensor by its name; null: left out.
+struct Named {
+  const char* name;
+  Vector vector;
+};
+
+// The first `num_written` of the tensors overlap none of the others; or what does, or "".
+std::string InvalidOverlap(const std::vector<Named>& tensors, size_t num_written);
 
 }  // namespace citi

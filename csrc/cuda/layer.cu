@@ -95,6 +95,9 @@ cudaError_t Go(const Layer& layer, const Vector& workspace, cudaStream_t side,
   const LayerPlan plan = PlanLayer(layer, workspace.data);
   *launch.problem = Invalid(plan);
   if (!launch.problem->empty()) return cudaSuccess;
+  *launch.problem = InvalidOverlap(
+      layer, {workspace.data, workspace.num_bytes, workspace.dtype, plan.workspace_bytes});
+  if (!launch.problem->empty()) return cudaSuccess;
   cudaError_t error = LaunchAll(plan.first, launch);
   if (error != cudaSuccess || !launch.problem->empty()) return error;
   error = plan.beside.empty() ? std::visit(launch, plan.product) : LaunchBeside(plan, launch, side);

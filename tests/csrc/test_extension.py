@@ -282,6 +282,9 @@ def test_misaligned_data_and_overlapping_workspace_are_refused(extension: Module
     overlapping = _changed(arguments, "parts", 0, arguments["scores"][0])
     with pytest.raises(ValueError, match=r"^parts: must not overlap scores"):
         extension.accumulate_row_dots(**overlapping)
+    for output, other in (("scores", "a"), ("scores", "b"), ("parts", "offset")):
+        with pytest.raises(ValueError, match=f"^{output}: must not overlap {other}"):
+            extension.accumulate_row_dots(**_changed(arguments, output, 0, arguments[other][0]))
 
 
 @pytest.mark.parametrize("name", ["molora_forward", "molora_backward", "forward_of_few"])

@@ -164,3 +164,30 @@ def test_a_workspace_at_another_place_is_refused(
     address, num_bytes = arguments["workspace"]
     with pytest.raises(ValueError, match=r"^workspace: data must be aligned"):
         _call(cuda_extension, direction, arguments | {"workspace": (address + 16, num_bytes)})
+
+
+@pytest.mark.parametrize("is_routed", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize(
+    ("direction", "output", "other", "message"),
+    [
+        ("forward", "y", "workspace", r"^(workspace|y): must not overlap"),
+        ("forward", "workspace", "weight", r"^(workspace|counts|u): must not overlap weight"),
+        ("backward", "dx", "x", r"^dx: must not overlap x"),
+        ("backward", "da", "b", r"^da: must not overlap b"),
+    ],
+)
+def test_what_is_written_overlaps_nothing_that_another_pass_reads(
+    cuda_extension: ModuleType,
+    direction: str,
+    output: str,
+    other: str,
+    message: str,
+    is_routed: bool,
+) -> None:
+    arguments = _arguments(cuda_extension, direction, is_routed)
+    memory = _tensor(2**20, dtype=torch.uint8)
+    address, num_bytes = -(-memory.data_ptr() // 256) * 256, 2**20 - 256
+    for name in (output, other):
+        arguments[name] = (address, num_bytes, *arguments[name][2:])
+    with pytest.raises(ValueError, match=message):
+        _call(cuda_extension, direction, arguments)

@@ -360,10 +360,45 @@ class Layer {
     const LayerPlan plan = PlanLayer(arguments, workspace.data);
     CHECK(plan.workspace_bytes == num_bytes, c_.Name());
     CHECK(Invalid(plan).empty(), c_.Name() + ": " + Invalid(plan));
+    const std::string overlap = InvalidOverlap(arguments, workspace);
+    CHECK(overlap.empty(), c_.Name() + ": " + overlap);
+    CheckOverlaps(arguments, workspace);
     CheckReaders(plan);
     RunPlan(plan, c_.order);
     workspace.data = static_cast<char*>(workspace.data) + 16;
     CHECK(!InvalidWorkspace(workspace, num_bytes).empty(), c_.Name());
+  }
+
+  template <class Arguments>
+  void ExpectOverlap(const std::string& wanted, const Arguments& arguments,
+                     const Vector& workspace) const {
+    const std::string message = InvalidOverlap(arguments, workspace);
+    CHECK(message == wanted, c_.Name() + ": wanted " + wanted + ", got '" + message + "'");
+  }
+
+  void CheckOverlaps(const LayerForward& valid, const Vector& workspace) {
+    LayerForward layer = valid;
+    layer.y.data = workspace.data;
+    ExpectOverlap("workspace: must not overlap y", layer, workspace);
+    layer.y = valid.y, layer.a.data = workspace.data;
+    ExpectOverlap("workspace: must not overlap a", layer, workspace);
+    layer.a = valid.a, layer.y.data = x.memory.data() + 1;
+    ExpectOverlap("y: must not overlap x", layer, workspace);
+    layer.y = valid.y, layer.probs.data = router.memory.data();
+    ExpectOverlap("probs: must not overlap router", layer, workspace);
+  }
+
+  void CheckOverlaps(const LayerBackward& valid, const Vector& workspace) {
+    LayerBackward layer = valid;
+    layer.dx.data = x.memory.data();
+    const bool reads_x = c_.needs_a || c_.needs_router;
+    ExpectOverlap(reads_x ? "dx: must not overlap x" : "", layer, workspace);
+    layer.dx.data = workspace.data;
+    ExpectOverlap("workspace: must not overlap dx", layer, workspace);
+    layer.dx = valid.dx, layer.h.data = workspace.data;
+    ExpectOverlap("workspace: must not overlap h", layer, workspace);
+    layer.h = valid.h, layer.da = {b.memory.data(), 0, DType::kFloat32, 1};
+    ExpectOverlap("da: must not overlap b", layer, workspace);
   }
 
   // What reads the product's dz beside it looks at the counts first.

@@ -219,7 +219,7 @@ void CheckRefusals() {
   refuses_backward("dy: must be given", [](auto* b) { b->dy.data = nullptr; });
   refuses_backward("x: must be given", [](auto* b) { b->x.data = nullptr; });
   refuses_backward("dgate: dtype must be fp32", [](auto* b) { b->dgate.dtype = DType::kBFloat16; });
-  refuses_backward("db: must not overlap da", [](auto* b) { b->db.data = b->da.data; });
+  refuses_backward("da: must not overlap db", [](auto* b) { b->db.data = b->da.data; });
   refuses_backward("workspace: must not overlap h", [](auto* b) { b->h.data = b->workspace.data; });
 }
 

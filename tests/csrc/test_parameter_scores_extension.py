@@ -151,6 +151,9 @@ def test_misaligned_data_and_overlapping_or_needless_workspace_are_refused(
             accumulate(**changed(arguments, name, 0, arguments[name][0] + 1))
     with pytest.raises(ValueError, match=r"^parts: must not overlap scores"):
         accumulate(**changed(arguments, "parts", 0, arguments["scores"][0]))
+    for output, other in (("scores", "weight"), ("scores", "x"), ("parts", "g")):
+        with pytest.raises(ValueError, match=f"^{output}: must not overlap {other}"):
+            accumulate(**changed(arguments, output, 0, arguments[other][0]))
     elements = arguments_of(cuda_extension, (NUM_OUT, NUM_IN))
     with pytest.raises(ValueError, match=r"^parts: must be left out"):
         accumulate(**elements | {"parts": elements["scores"]})

@@ -141,7 +141,14 @@ void CheckArguments() {
   dots.offset.dtype = DType::kFloat64, refused("offset: dtype");
   dots.offset.size = 7, refused("offset");
   dots.parts.size = 7, refused("parts");
-  dots.parts.data = dots.scores.data, refused("parts: must not overlap");
+  dots.parts.data = dots.scores.data, refused("parts: must not overlap scores");
+  dots.parts.data = dots.offset.data, refused("parts: must not overlap offset");
+  const auto end = [](const auto& input) {
+    return static_cast<char*>(const_cast<void*>(input.data)) + input.num_bytes - 8;
+  };
+  dots.scores.data = end(dots.a), refused("scores: must not overlap a");
+  dots.scores.data = end(dots.b), refused("scores: must not overlap b");
+  dots.valid.data = end(dots.scores), refused("scores: must not overlap valid");
 }
 
 }  // namespace

@@ -242,7 +242,9 @@ void CheckArguments() {
   tile.sums.data = nullptr, refused("sums: must be given");
   tile.sums.size = 5, refused("sums: must have 6");
   tile.sums.dtype = kFp32, refused("sums: dtype");
-  tile.sums.data = tile.scores.data, refused("sums: must not overlap");
+  tile.sums.data = tile.scores.data, refused("sums: must not overlap scores");
+  tile.sums.data = const_cast<void*>(tile.weight.data), refused("sums: must not overlap weight");
+  tile.weight.data = static_cast<char*>(tile.scores.data) + 8, refused("scores: must not overlap");
 }
 
 }  // namespace

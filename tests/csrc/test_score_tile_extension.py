@@ -74,13 +74,16 @@ def test_wrong_numbers_are_named(extension: ModuleType, case: tuple) -> None:
     assert not _KEPT[2].any()
 
 
-def test_misaligned_data_and_overlapping_sums_are_refused(extension: ModuleType) -> None:
+def test_misaligned_data_and_overlapping_outputs_are_refused(extension: ModuleType) -> None:
     arguments = arguments_of(extension)
     for name in ("gradient", "weight", "scores", "sums"):
         with pytest.raises(ValueError, match=f"^{name}: data must be aligned"):
             extension.accumulate_score_tile(**changed(arguments, name, 0, arguments[name][0] + 1))
     with pytest.raises(ValueError, match=r"^sums: must not overlap scores"):
         extension.accumulate_score_tile(**changed(arguments, "sums", 0, arguments["scores"][0]))
+    for output, other in (("scores", "gradient"), ("scores", "weight"), ("sums", "gradient")):
+        with pytest.raises(ValueError, match=f"^{output}: must not overlap {other}"):
+            extension.accumulate_score_tile(**changed(arguments, output, 0, arguments[other][0]))
 
 
 @pytest.fixture
