@@ -154,6 +154,8 @@ class _Session:
         """Into the manifest, after every process is done and before any goes on."""
         self._wait()
         if self.is_writer:
+            if "skipped" not in facts:
+                facts = facts | {"files": self.run.digests_of(name)}
             self.manifest.record(name, facts, ends_run=ends_run)
         else:
             self.manifest.phases[name] = facts

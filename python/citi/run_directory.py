@@ -87,6 +87,28 @@ class RunDirectory:
         """Trainer checkpoints of a stage that is not finished."""
         return self.path / "checkpoints" / stage.directory
 
+    def digests_of(self, phase: str) -> dict[str, str]:
+        """Name below the run → sha256, of every file that a finished phase wrote.
+
+        metrics.jsonl, which every stage goes on with, counts to the adapter's; pictures and the
+        report can be made anew and do not count.
+        """
+        single = {
+            "env": [self.environment_file],
+            "importance": [
+                self.importance_prefix.with_suffix(s) for s in (".json", ".safetensors")
+            ],
+            "plan": [self.plan_file],
+            "adapter": [self.metrics_file],
+            "eval": [self.evaluation / f"{name}.json" for name in ("base", "tuned", "gates")],
+        }
+        whole = {stage.name: self.stage(stage) for stage in STAGES} | {"adapter": self.adapter}
+        files = single.get(phase, [])
+        if phase in whole and whole[phase].is_dir():
+            files = [*files, *sorted(whole[phase].rglob("*"))]
+        named = {file.relative_to(self.path).as_posix(): file for file in files if file.is_file()}
+        return digest_files(named)
+
     def load_recipe(self, *, check_files: bool = True) -> Recipe:
         """The recipe of the run.
 

@@ -42,9 +42,12 @@ def evaluate_run(path: str | Path, *, observer: RunObserver | None = None) -> di
             "eval_general"
         )
     model, tokenizer = load_run(path)
-    return evaluate_pair(
+    results = evaluate_pair(
         model, tokenizer, run=run, recipe=recipe, tool=tool, general=general, observer=observer
     )
+    manifest = run.load_manifest()
+    manifest.record("eval", {"files": run.digests_of("eval")}, ends_run=True)
+    return results
 
 
 def evaluation_sets(recipe: Recipe) -> tuple[SampleSets, SampleSets]:

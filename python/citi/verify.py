@@ -88,6 +88,16 @@ class _Look:
             parts.append(("model", self.at_model))
         return [_finding(part, look) for part, look in parts]
 
+    def _compare_files(self, phase: str) -> None:
+        """With what the phase left; versions before 0.6 kept no digests."""
+        wrote = self.manifest.phases[phase].get("files", {})
+        here = self.run.digests_of(phase)
+        missing = sorted(wrote.keys() - here)
+        changed = sorted(name for name in wrote.keys() & here if wrote[name] != here[name])
+        for names, what in ((missing, "missing"), (changed, "changed since the run wrote it")):
+            if names:
+                raise ValueError(f"{what}: {', '.join(names)}")
+
     def at_recipe(self) -> None:
         if not is_recipe_of(self.run, self.recipe, self.manifest):
             raise ValueError(f"{self.run.recipe_file.name} was edited after the run began")
@@ -110,18 +120,23 @@ class _Look:
             )
         if not self.run.environment_file.is_file():
             raise ValueError(f"{self.run.environment_file.name} is missing")
+        self._compare_files("env")
 
     def at_importance(self) -> None:
         AbilityScores.load(self.run.importance_prefix)
+        self._compare_files("importance")
 
     def at_plan(self) -> None:
         plan, scores = Plan.load(self.run.plan_file), AbilityScores.load(self.run.importance_prefix)
         shares = {"important": self.recipe.important, "unimportant": self.recipe.unimportant}
         if make_plan(scores, **shares) != plan:
             raise ValueError(f"{self.run.plan_file.name} is not what the scores and shares give")
+        self._compare_files("plan")
 
     def at_stage(self, stage: Stage) -> str | None:
-        return _look_at_adapter(self.run.stage(stage))
+        note = _look_at_adapter(self.run.stage(stage))
+        self._compare_files(stage.name)
+        return note
 
     def at_adapter(self) -> str | None:
         note = _look_at_adapter(self.run.adapter)
@@ -130,6 +145,7 @@ class _Look:
             ours, theirs = (file_sha256(each / WEIGHTS_FILE) for each in (self.run.adapter, last))
             if ours != theirs:
                 raise ValueError(f"{WEIGHTS_FILE} is not that of the last stage, {last.name}")
+        self._compare_files("adapter")
         return note
 
     def at_evaluation(self) -> str | None:
@@ -139,6 +155,7 @@ class _Look:
         missing = [f"{name}.json" for name in ("base", "tuned") if name not in found]
         if missing:
             raise ValueError(f"missing: {', '.join(missing)}; citi eval {self.run.path}")
+        self._compare_files("eval")
         return None
 
     def at_model(self) -> None:

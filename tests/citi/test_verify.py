@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from run_cases import tiny_recipe, without_figures, write_model
 from safetensors.torch import load_file, save_file
 from test_command_line import citi
 
-from citi.run import train
+from citi.run import evaluate_run, train
 from citi.run_directory import RunDirectory
 from citi.verify import verify_run
 
@@ -100,6 +101,22 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {
         ],
         {"adapter": "is not that of the last stage, stage3_uco"},
     ),
+    "another chat template": (
+        lambda run: (run / "adapter" / "chat_template.jinja").write_text("{{ messages }}"),
+        {"adapter": "changed since the run wrote it: adapter/chat_template.jinja"},
+    ),
+    "lost tokenizer": (
+        lambda run: (run / "adapter" / "tokenizer.json").unlink(),
+        {"adapter": "missing: adapter/tokenizer.json"},
+    ),
+    "emptied metrics": (
+        lambda run: (run / "metrics.jsonl").write_text(""),
+        {"adapter": "changed since the run wrote it: metrics.jsonl"},
+    ),
+    "another machine": (
+        lambda run: _edit(run / "env.json", lambda it: it.update(device_name="H100")),
+        {"phases": "changed since the run wrote it: env.json"},
+    ),
     "phase not recorded": (
         lambda run: _edit(run / "manifest.json", lambda it: it["phases"].pop("eval")),
         {"phases": "not finished: eval; go on: citi train"},
@@ -172,3 +189,19 @@ def test_the_command_prints_each_part_and_ends_with_1_where_one_is_wrong(
     assert "WRONG  adapter" in result.stdout
     assert "1 of 10 parts are wrong" in result.stderr
     assert citi("verify", folder).exit_code == 1
+
+
+def test_results_are_those_of_the_last_evaluation(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, epochs_rp=0.0, epochs_mi=0.0, epochs_uco=0.0)
+    recipe = dataclasses.replace(recipe, eval_general=dict(recipe.general), judged_samples=0)
+    with without_figures():
+        run = train(recipe)
+    assert problems(run.path, with_model=False) == {}
+    forged = run.evaluation / "tuned.json"
+    _edit(forged, lambda result: result["general"]["math"].update(nll=0.1))
+    found = problems(run.path, with_model=False)
+    assert found == {"eval": "changed since the run wrote it: eval/tuned.json"}
+    evaluate_run(run.path)
+    assert problems(run.path, with_model=False) == {}
+    (run.evaluation / "gates.json").unlink()
+    assert problems(run.path, with_model=False) == {"eval": "missing: eval/gates.json"}
