@@ -96,6 +96,7 @@ def description() -> str:
 
 
 def _place(tensor: Tensor) -> tuple[int, int, int]:
+    assert not tensor.is_neg()  # the memory would hold the negated values
     size = tensor.element_size()
     num_bytes = tensor.untyped_storage().nbytes() - tensor.storage_offset() * size
     return tensor.data_ptr(), num_bytes, _codes()[tensor.dtype]

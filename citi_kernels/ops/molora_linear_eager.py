@@ -23,17 +23,27 @@ from citi_kernels.ops.molora_linear_op import (
     run_gradients,
 )
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def is_plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd looks on: no compiler, tracer, mode, transform or subclass."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and tensors[0].device.type != "meta"
-        and all(each is None or type(each) in (Tensor, nn.Parameter) for each in tensors)
-    )
+    """Whether nothing but autograd looks on: no compiler, tracer, mode, transform or subclass.
+
+    Nor a lazy negation (`is_neg`), which the dispatch of a custom op resolves.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or tensors[0].device.type == "meta"
+    ):
+        return False
+    # a loop: a generator would cost as much again as what it asks
+    for each in tensors:
+        if each is not None and (type(each) not in _PLAIN or each.is_neg()):
+            return False
+    return True
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

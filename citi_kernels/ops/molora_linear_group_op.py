@@ -21,7 +21,7 @@ from citi_kernels import backends
 from citi_kernels.ops.autocast import without_autocast
 from citi_kernels.ops.molora_linear_checks import check, check_values
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
-from citi_kernels.ops.molora_linear_op import as_gradient, rounded_gradients
+from citi_kernels.ops.molora_linear_op import as_gradient, resolved, rounded_gradients
 from citi_kernels.ops.molora_linear_reference import gate_dtype
 
 
@@ -172,6 +172,7 @@ def run_gradients(
     """dx, and of each layer the others: contiguous, in their dtypes; None where not asked for."""
     run = backends.find("molora_linear", backend)
     like_x = saved_L[0].h
+    incoming_L = [tuple(resolved(each) for each in pair) for pair in incoming_L]
     with without_autocast(like_x):
         dx_TK, gradients_L = run.backward_group(
             incoming_L, operands_L, saved_L, settings_L, needs_L

@@ -149,9 +149,15 @@ def run_gradients(
     backend: str,
 ) -> list[Tensor | None]:
     run = backends.find("molora_linear", backend)
+    incoming = resolved(dy), resolved(dgate_sums)
     with without_autocast(saved.h):
-        gradients = run.backward(dy, dgate_sums, operands, saved, settings, needs)
+        gradients = run.backward(*incoming, operands, saved, settings, needs)
     return rounded_gradients(gradients, operands, saved.h.dtype)
+
+
+def resolved(incoming: Tensor | None) -> Tensor | None:
+    """An incoming gradient without a lazy negation: kernels read memory as it lies."""
+    return None if incoming is None else incoming.resolve_neg()
 
 
 def rounded_gradients(

@@ -135,3 +135,10 @@ def test_the_kernels_run_up_to_a_rank_for_dense_routing() -> None:
 @pytest.mark.parametrize("r", [16, 32, 33])
 def test_ranks_around_the_limit_hold_the_rule(r: int) -> None:
     check_molora_linear(molora_linear, random_case(37, 70, 53, num_experts=4, r=r))
+
+
+def test_a_lazily_negated_tensor_is_no_place_for_the_kernels() -> None:
+    negated = torch.complex(torch.ones(2, 3), torch.ones(2, 3)).conj().imag
+    with pytest.raises(AssertionError):
+        compiled.matrix(negated)
+    assert compiled.matrix(negated.resolve_neg())

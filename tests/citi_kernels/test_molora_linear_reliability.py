@@ -150,6 +150,30 @@ def test_case_10_expanded_operands_and_gradients_equal_contiguous_ones(options: 
     assert_same(evaluate(molora_linear, expanded), expected)
 
 
+def lazily_negated(tensor: Tensor) -> Tensor:
+    view = torch._neg_view(-tensor)  # as of `torch.complex(…).conj().imag`
+    assert view.is_neg()
+    return view
+
+
+@each_option
+@pytest.mark.parametrize("names", [TENSORS, *([name] for name in TENSORS)], ids=" ".join)
+def test_case_10_lazily_negated_operands_and_gradients_equal_plain_ones(
+    names: tuple[str, ...], options: dict
+) -> None:
+    case = random_case(21, 40, 24, **options)
+
+    def negated(*operands: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        named = zip(TENSORS[:6], operands, strict=True)
+        return molora_linear(
+            *(lazily_negated(each) if name in names else each for name, each in named), **options
+        )
+
+    changes = {name: getattr(case, name) for name in names if name.startswith("d")}
+    incoming = replace(case, **{name: lazily_negated(each) for name, each in changes.items()})
+    assert_same(evaluate(negated, incoming), evaluate(molora_linear, case))
+
+
 @pytest.mark.parametrize("layout", [transposed, sliced])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_case_10_a_strided_weight_holds_the_rule(

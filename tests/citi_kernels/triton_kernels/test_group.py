@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,6 +176,23 @@ def test_case_13_inputs_and_incoming_gradients_are_unchanged() -> None:
     before = [each.clone() for each in tensors]
     evaluate_group(molora_linear_group, group)
     assert all(torch.equal(*pair) for pair in zip(tensors, before, strict=True))
+
+
+def test_case_10_lazily_negated_x_and_gradients_equal_plain_ones() -> None:
+    group = random_group(3, device=DEVICE)
+
+    def negated(x: Tensor, *lists: list[Tensor], **options: object) -> list:
+        return molora_linear_group(lazily_negated(x), *lists, **options)
+
+    incoming = [tuple(map(lazily_negated, pair)) for pair in group.incoming]
+    ours = evaluate_group(negated, replace(group, incoming=incoming))
+    assert_same(ours, evaluate_group(molora_linear_group, group), torch.float32)
+
+
+def lazily_negated(tensor: Tensor) -> Tensor:
+    view = torch._neg_view(-tensor)  # as of `torch.complex(…).conj().imag`
+    assert view.is_neg()
+    return view
 
 
 @pytest.mark.parametrize(
