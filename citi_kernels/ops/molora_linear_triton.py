@@ -195,13 +195,16 @@ def _up_and_rank(
     dy_TN, dgate_sums_BG = incoming
     (h_TR, probs_TG, _), b_NR = saved, operands.b
     needs_rank = needs.x or needs.a or needs.router
-    db_NR, du_CTR, ranks = None, None, (h_TR, probs_TG)
+    db_NR, du_CTR = None, None
     if needs.b:
         db_NR = torch.empty_like(b_NR)
         du_CTR, db_SNR = up_gradients(dy_TN, b_NR, h_TR, probs_TG, settings, needs_du=needs_rank)
         sums.append(Parts(db_SNR, 0, db_NR))
     if needs_rank:
         ranks = rank_gradients(dy_TN, du_CTR, dgate_sums_BG, b_NR, h_TR, probs_TG, settings)
+    else:
+        # kernels get them and no result comes of them, but they compile for these dtypes alone
+        ranks = h_TR, probs_TG.to(h_TR.dtype)
     gradients = Operands(
         x=None,
         weight=dy_TN.T @ operands.x if needs.weight else None,

@@ -70,6 +70,7 @@ class Layer:
     dtype: torch.dtype = torch.bfloat16
     parameter_dtype: torch.dtype | None = torch.float32
     trained: str = STAGES["MOLoRA improvement"]
+    trained_in_others: str | None = None
     num_segments: int | None = 8
     has_weight: bool = True
     top_k: int | None = None
@@ -105,13 +106,16 @@ class Layer:
             dropout_seed=seed,
         )
 
-    def needs(self) -> Needs:
-        return Needs(*(name in self.trained.split() for name in Operands._fields))
+    def needs(self) -> list[Needs]:
+        """Of each layer; `trained_in_others` is of all but the first."""
+        others = self.trained if self.trained_in_others is None else self.trained_in_others
+        trained_L = [self.trained] + [others] * (self.num_layers - 1)
+        return [Needs(*(name in each.split() for name in Operands._fields)) for each in trained_L]
 
 
 def record(layer: Layer) -> tuple[list[Launch], list[str]]:
     """Our launches and the library's, forward and backward of a layer (or a group of them)."""
-    settings, needs = layer.settings(), layer.needs()
+    settings, needs_L = layer.settings(), layer.needs()
     operands_L = [layer.operands() for _ in range(layer.num_layers)]
     operands_L = [each._replace(x=operands_L[0].x) for each in operands_L]
     dy_TN = _meta(layer.T, layer.N, dtype=layer.dtype)
@@ -127,12 +131,12 @@ def record(layer: Layer) -> tuple[list[Launch], list[str]]:
                 operands_L,
                 [saved for _, saved, _ in outputs],
                 settings_L,
-                [needs] * layer.num_layers,
+                needs_L,
             )
         else:
             _, saved, _ = molora_linear_triton.forward(operands_L[0], settings)
             molora_linear_triton.backward(
-                dy_TN, dgate_sums_BG, operands_L[0], saved, settings, needs
+                dy_TN, dgate_sums_BG, operands_L[0], saved, settings, needs_L[0]
             )
     return ours, library.names
 

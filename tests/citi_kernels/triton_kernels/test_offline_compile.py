@@ -22,6 +22,8 @@ EVERY_KERNEL = [
     Layer(E=64, r=64, top_k=2),
     Layer(T=1, way="decode"),
     Layer(T=8, way="few"),
+    Layer(trained="b"),
+    Layer(num_layers=2, trained=STAGES["first layer of the model"], trained_in_others="b"),
 ]
 # launch constants follow the sizes; 16-bit dtypes have the same ones
 SIZES = {
