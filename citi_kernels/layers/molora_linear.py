@@ -77,7 +77,9 @@ class MoLoRALinear(nn.Module):
     The experts and the router are fp32 where `dtype` is narrower: they are small, and 16-bit
     parameters lose small optimizer steps. `.to(dtype)` and `.half()` convert them with the rest.
 
-    Inside a `RoutingContext` each call records its gate sums under `id(layer)`.
+    Inside a `RoutingContext` each call records its gate sums under `id(layer)`. `torch.compile` of
+    single layers or blocks then compiles one graph for each, and torch._dynamo.config's
+    recompile_limit must be at least their number; outside, equal ones share a graph.
 
     Source: arXiv 2409.13202, section "MOLoRA".
     """
@@ -198,9 +200,13 @@ class MoLoRALinear(nn.Module):
             self.molora_B,
             self.molora_router,
             settings=self.settings,
-            key=id(self),
+            key=self._routing_key(),
             training=self.training,
         )
+
+    def _routing_key(self) -> Hashable:
+        """None where nothing is recorded: with its id, each layer would be a graph of its own."""
+        return None if RoutingContext.active() is None else id(self)
 
     def extra_repr(self) -> str:
         s = self.settings
@@ -230,7 +236,7 @@ def apply_molora(
     Args:
         x, weight, bias, a, b, router: as for `citi_kernels.molora_linear`.
         settings: of the layer.
-        key: under which the routing context records this call's gate sums.
+        key: under which the routing context records this call's gate sums; any outside of one.
         training: whether the layer is in training mode.
         dropout_seed: of this call; None draws one where the layer drops.
 

@@ -9,6 +9,7 @@ import torch
 from peft import PeftType, get_peft_config, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
 import citi.adapters
@@ -136,6 +137,17 @@ def test_case_22_a_wrapped_layer_compiles_without_a_graph_break():
     x = torch.randn(3, 8)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: PackedLinear(nn.Linear(8, 8))])
+def test_case_22_equal_layers_compiled_by_themselves_share_a_graph(make):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layers = [live_layer(make()) for _ in range(12)]
+    x = torch.randn(5, 8, requires_grad=True)
+    for layer in layers:
+        torch.testing.assert_close(torch.compile(layer, backend=counter)(x), layer(x))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from citi_kernels.layers.molora_linear import MoLoRALinear
 from citi_kernels.layers.routing import RoutingContext
@@ -228,6 +229,29 @@ def test_case_22_compiles_without_a_graph_break():
     compiled_grad, layer.molora_A.grad = layer.molora_A.grad, None
     layer(x).sum().backward()
     torch.testing.assert_close(compiled_grad, layer.molora_A.grad)
+
+
+def test_case_22_equal_layers_compiled_by_themselves_share_a_graph():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layers = [live(MoLoRALinear(12, 12, num_experts=3, r=2)) for _ in range(12)]
+    x = torch.randn(4, 12, requires_grad=True)
+    for layer in layers:
+        y = torch.compile(layer, fullgraph=True, backend=counter)(x)
+        torch.testing.assert_close(y, layer(x))
+    assert counter.frame_count == 1
+
+
+def test_case_22_in_a_context_each_compiled_layer_records_with_a_graph_of_its_own():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layers = [live(MoLoRALinear(12, 12, num_experts=3, r=2)) for _ in range(3)]
+    for _ in range(2):
+        with RoutingContext(torch.arange(4), num_segments=4) as context:
+            for layer in layers:
+                torch.compile(layer, fullgraph=True, backend=counter)(torch.randn(4, 12))
+        assert list(context.gate_sums) == [id(layer) for layer in layers]
+        assert counter.frame_count == len(layers)
 
 
 def test_a_compiled_layer_reports_to_the_context_of_each_call():

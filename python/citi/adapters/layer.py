@@ -22,6 +22,7 @@ from citi_kernels.layers.molora_linear import (
     adapter_shapes,
     reset_adapter_,
 )
+from citi_kernels.layers.routing import RoutingContext
 
 MERGE_REFUSED = (
     "a MOLoRA adapter cannot be merged: its gates depend on the token, so no single weight equals "
@@ -172,15 +173,17 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
         """Base and the first active adapter."""
         base = self.base_layer
         weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-        return self._member(name, weight, base.bias, key=id(self))
+        return self._member(name, weight, base.bias, is_first=True)
 
     def _update(self, name: str, *, is_first: bool) -> Member:
         """An adapter without the base."""
-        return self._member(name, None, None, key=self._key(name, is_first))
+        return self._member(name, None, None, is_first=is_first)
 
     def _member(
-        self, name: str, weight: Tensor | None, bias: Tensor | None, *, key: Hashable
+        self, name: str, weight: Tensor | None, bias: Tensor | None, *, is_first: bool
     ) -> Member:
+        # where nothing is recorded, the layer's id would make each layer a graph of its own
+        key = None if RoutingContext.active() is None else self._key(name, is_first)
         return Member(
             layer=self,
             weight=weight,
