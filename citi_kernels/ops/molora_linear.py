@@ -24,7 +24,7 @@ from citi_kernels.ops import (
 from citi_kernels.ops.autocast import as_autocast, autocast_is_on, without_autocast
 from citi_kernels.ops.molora_linear_checks import check, check_values, flat_segment_ids
 from citi_kernels.ops.molora_linear_contract import Operands, Settings
-from citi_kernels.ops.molora_linear_eager import is_plain_eager, run_eager
+from citi_kernels.ops.molora_linear_eager import is_plain_eager, refuse_forward_mode, run_eager
 from citi_kernels.ops.molora_linear_op import molora_linear_op
 from citi_kernels.ops.molora_linear_reference import molora_linear_ref
 
@@ -93,6 +93,7 @@ def molora_linear(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; a segment id outside
             [-1, num_segments) (checked on the CPU only, a GPU would have to wait).
+        NotImplementedError: forward-mode differentiation, but for the backend "reference".
         RuntimeError: the backend asked for cannot run here.
     """
     if segment_ids is not None and num_segments is None:
@@ -117,6 +118,7 @@ def molora_linear(
     elif is_plain_eager(*operands):
         y_TN, gate_sums_BG = run_eager(operands, settings, backend)
     else:
+        refuse_forward_mode("molora_linear")
         y_TN, _, _, _, gate_sums_BG = molora_linear_op(*operands, *settings, backend)
     y = y_TN.reshape(*shape[:-1], y_TN.shape[1])
     return y, None if segment_ids is None else gate_sums_BG

@@ -53,6 +53,19 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     )
 
 
+def refuse_forward_mode(op: str) -> None:
+    """A custom op has no formula for tangents, and PyTorch would take them for 0.
+
+    Raises:
+        NotImplementedError: forward-mode differentiation is going on.
+    """
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"{op}: it has no forward-mode derivative (torch.func.jvp, jacfwd and hessian, "
+            "torch.autograd.forward_ad); use reverse mode, or use_backend('reference')"
+        )
+
+
 def run_eager(operands: Operands, settings: Settings, backend: str) -> tuple[Tensor, Tensor | None]:
     """y (T, N) and the gate sums (B, G), None without segments."""
     if wants_gradient(*operands):

@@ -22,7 +22,7 @@ from citi_kernels.ops.autocast import as_autocast, autocast_is_on
 from citi_kernels.ops.molora_linear import molora_linear
 from citi_kernels.ops.molora_linear_checks import flat_segment_ids
 from citi_kernels.ops.molora_linear_contract import Operands, Settings
-from citi_kernels.ops.molora_linear_eager import is_plain_eager
+from citi_kernels.ops.molora_linear_eager import is_plain_eager, refuse_forward_mode
 from citi_kernels.ops.molora_linear_group_eager import run_eager_group
 from citi_kernels.ops.molora_linear_group_op import group_op
 
@@ -72,7 +72,8 @@ def molora_linear_group(
         L times (y, gate_sums), as `molora_linear` gives them.
     Raises:
         ValueError: lists of different lengths, ranks that differ.
-        ValueError, TypeError, RuntimeError: as `molora_linear`, about one of the layers.
+        ValueError, TypeError, NotImplementedError, RuntimeError: as `molora_linear`, about one of
+            the layers.
     """
     lists = (weights, biases, a, b, routers)
     _check_lists(lists, dropout_p, dropout_seeds)
@@ -182,6 +183,7 @@ def _one_op(
         layers = zip(weights, biases, a, b, routers, strict=True)
         outputs = run_eager_group([Operands(x_TK, *each) for each in layers], settings_L, backend)
         return [(y_TN.reshape(*shape[:-1], y_TN.shape[1]), sums) for y_TN, sums in outputs]
+    refuse_forward_mode("molora_linear_group")
     y_LTN, _, _, gate_sums_LBG = group_op(
         x_TK,
         [each for each in weights if each is not None],

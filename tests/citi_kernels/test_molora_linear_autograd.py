@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
 
-from citi_kernels import environment, molora_linear, molora_linear_ref
+from citi_kernels import environment, molora_linear, molora_linear_ref, use_backend
 from citi_kernels.testing import OPERANDS, MoLoRACase, evaluate, random_case
 from under_test import BACKEND, DEVICE, REPEATS, WIDEST_LAYER, assert_equal_to_rounding
 
@@ -84,6 +84,34 @@ def test_forward_mode_is_refused_and_no_tangent_lost(grad_mode: type) -> None:
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
             molora_linear(dual, *others, **case.options)
+
+
+@pytest.mark.parametrize(
+    "derivative", [torch.func.jacfwd, torch.func.hessian], ids=lambda each: each.__name__
+)
+@pytest.mark.parametrize("name", ["x", "b"])
+def test_forward_mode_by_a_transform_is_refused_and_no_tangent_is_zero(name, derivative) -> None:
+    case = random_case(3, 8, 6, num_segments=None)
+    operands = dict(zip(OPERANDS, case.operands, strict=True))
+
+    def loss(value: Tensor) -> Tensor:
+        return molora_linear(**(operands | {name: value}), **case.options)[0].square().sum()
+
+    with pytest.raises(NotImplementedError, match="molora_linear: it has no forward-mode"):
+        derivative(loss)(operands[name])
+    with use_backend("reference"):
+        assert derivative(loss)(operands[name]).abs().sum() > 0
+
+
+def test_forward_mode_is_refused_by_code_that_was_compiled_without_it() -> None:
+    case = random_case(3, 8, 6, num_segments=None)
+    x, *others = case.operands
+    compiled = torch.compile(molora_linear, backend="eager")
+    compiled(x, *others, **case.options)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="molora_linear: it has no forward-mode"):
+            compiled(dual, *others, **case.options)
 
 
 @pytest.mark.parametrize("top_k", [None, 2])

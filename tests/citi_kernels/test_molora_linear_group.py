@@ -90,6 +90,17 @@ def test_case_20_errors_name_the_option(options: dict, words: str) -> None:
         )
 
 
+def test_forward_mode_is_refused_and_no_tangent_is_zero() -> None:
+    group = random_group(2)
+    lists = group.lists(group.layers)
+
+    def y(x: torch.Tensor) -> torch.Tensor:
+        return molora_linear_group(x, *lists, **group.options)[1][0]
+
+    with pytest.raises(NotImplementedError, match=r"molora_linear(_group)?: it has no forward"):
+        torch.func.jvp(y, (group.x,), (group.x,))
+
+
 def test_case_22_compiled_without_graph_breaks_equals_eager() -> None:
     torch._dynamo.reset()
     group = random_group(3)
