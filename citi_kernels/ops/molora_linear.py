@@ -107,12 +107,15 @@ def molora_linear(
     if segment_ids is not None:
         segment_ids = flat_segment_ids(segment_ids, shape, x_TK.shape[0])
     operands = Operands(x_TK, weight, bias, a, b, router)
-    is_cuda_first = molora_linear_cuda.is_fastest(x_TK, num_experts, top_k, dropout_p)
-    backend = backends.choose("molora_linear", x_TK, first="cuda" if is_cuda_first else None)
     scaling, count = float(scaling), num_segments or 0
     settings = Settings(
         num_experts, scaling, top_k, renormalize, segment_ids, count, dropout_p, dropout_seed
     )
+    is_cuda_first = x_TK.is_cuda and a.dim() == 2
+    is_cuda_first = is_cuda_first and molora_linear_cuda.is_fastest(
+        x_TK, a.shape[0], settings, has_weight=weight is not None
+    )
+    backend = backends.choose("molora_linear", x_TK, first="cuda" if is_cuda_first else None)
     if backend == "reference":
         y_TN, gate_sums_BG = _reference(operands, settings)
     elif is_plain_eager(*operands):

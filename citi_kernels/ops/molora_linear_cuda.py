@@ -80,20 +80,31 @@ def refuses(x: Tensor) -> str | None:
     return None
 
 
-def is_fastest(x: Tensor, num_experts: int, top_k: int | None, dropout_p: float = 0.0) -> bool:
-    """Whether this backend was faster than Triton on such an x: where it has the extended GEMM.
+def is_fastest(
+    x: Tensor,
+    stacked_rank: int,
+    settings: Settings,
+    *,
+    has_weight: bool,
+    dtype: torch.dtype | None = None,
+) -> bool:
+    """Whether this backend was faster than Triton on such a layer: where it has the extended GEMM.
 
-    x (..., K). Without dropout, with every expert kept. Measured on an H100, bf16, forward and
-    backward: 0.90 of Triton's time at 8192 x 4096 x 4096 and at 4096 -> 14336, 0.97 at 2048 tokens.
-    Layers on one x save less by reading it together in Triton: 75 us of 914 for each but the first
-    (reckoned from single kernels, not timed).
+    x (..., K), which autocast will bring to `dtype`; None: which stays as it is. Without dropout,
+    with every expert kept. Measured on an H100, bf16, forward and backward: 0.90 of Triton's time
+    at 8192 x 4096 x 4096 and at 4096 -> 14336, 0.97 at 2048 tokens. Layers on one x save less by
+    reading it together in Triton: 75 us of 914 for each but the first (reckoned from single
+    kernels, not timed). Without a weight, and on another path, there is no extended GEMM.
     """
+    dtype, num_tokens = dtype or x.dtype, math.prod(x.shape[:-1])
     return (
         x.device.type == "cuda"
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and dropout_p == 0
-        and top_k in (None, num_experts)
-        and math.prod(x.shape[:-1]) >= MIN_FASTEST_TOKENS
+        and dtype in (torch.bfloat16, torch.float16)
+        and has_weight
+        and settings.dropout_p == 0
+        and not settings.is_sparse
+        and num_tokens >= MIN_FASTEST_TOKENS
+        and path(num_tokens, (stacked_rank, x.shape[-1]), dtype, settings) == "dense"
         and _has_extended_gemm(x.device.index or 0)
     )
 
@@ -105,9 +116,9 @@ def _has_extended_gemm(device_index: int) -> bool:
     return extended_gemm_cuda.why_not_on(torch.device("cuda", device_index)) is None
 
 
-def path(num_tokens: int, a_RK: Tensor, dtype: torch.dtype, settings: Settings) -> str:
+def path(num_tokens: int, a_shape: tuple[int, int], dtype: torch.dtype, settings: Settings) -> str:
     """Which of "dense", "grouped" and "library", for x of `dtype`."""
-    R, K = a_RK.shape
+    R, K = a_shape
     if dtype == torch.float32 or num_tokens == 0 or K == 0:
         return "library"
     if R <= MAX_DENSE_RANK and settings.num_experts + 1 <= MAX_DENSE_GATES:
@@ -217,7 +228,7 @@ def _other_path(
     num_tokens: int, a_RK: Tensor, dtype: torch.dtype, settings: Settings
 ) -> ModuleType | None:
     others = {"grouped": molora_linear_cuda_top_k, "library": molora_linear_torch}
-    return others.get(path(num_tokens, a_RK, dtype, settings))
+    return others.get(path(num_tokens, a_RK.shape, dtype, settings))
 
 
 def _routed(

@@ -88,8 +88,14 @@ def molora_linear_group(
     }
     seeds = [None] * len(a) if dropout_seeds is None else list(dropout_seeds)
     layers = list(zip(*lists, seeds, strict=True))
-    rank = a[0].shape[0]
-    if len(layers) == 1 or not runs_together(x, rank, num_experts=num_experts, top_k=top_k):
+    if len(layers) == 1 or not runs_together(
+        x,
+        a[0].shape[0],
+        num_experts=num_experts,
+        top_k=top_k,
+        dropout_p=dropout_p,
+        has_weight=any(each is not None for each in weights),
+    ):
         return [
             molora_linear(x, *operands, **options, dropout_seed=seed) for *operands, seed in layers
         ]
@@ -102,23 +108,33 @@ def molora_linear_group(
 
 
 def runs_together(
-    x: Tensor, stacked_rank: int, *, num_experts: int, top_k: int | None = None
+    x: Tensor,
+    stacked_rank: int,
+    *,
+    num_experts: int,
+    top_k: int | None = None,
+    dropout_p: float = 0.0,
+    has_weight: bool = True,
 ) -> bool:
     """Whether layers of x with these sizes are computed by one op, and not one by one.
 
     Args:
         x: (..., K), the layers' input.
         stacked_rank: E·r.
-        num_experts, top_k: as for `molora_linear`.
+        num_experts, top_k, dropout_p: as for `molora_linear`.
+        has_weight: whether one of the layers has a weight.
     Raises:
         RuntimeError: the backend asked for cannot run here.
     """
-    first = "cuda" if molora_linear_cuda.is_fastest(x, num_experts, top_k) else None
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
+    settings = Settings(num_experts, 1.0, top_k, False, None, 0, dropout_p, None)
+    is_cuda_first = molora_linear_cuda.is_fastest(
+        x, stacked_rank, settings, has_weight=has_weight, dtype=dtype
+    )
+    first = "cuda" if is_cuda_first else None
     run = backends.find("molora_linear", backends.choose("molora_linear", x, first=first))
     if not hasattr(run, "forward_group"):
         return False
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
-    settings = Settings(num_experts, 1.0, top_k, False, None, 0, 0.0, None)
     return run.path(stacked_rank, dtype, settings) == "dense"
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
-from citi.adapters import MoLoraConfig
+from citi.adapters import MoLoraConfig, shared_input
 from citi.adapters.layer import MoLoraLinear
 from citi_kernels import environment, use_backend
 from citi_kernels.layers.routing import RoutingContext
@@ -277,3 +277,13 @@ def test_on_this_machine_nothing_is_observed():
     assert isinstance(model.q, MoLoraLinear)
     if environment.BACKEND in (None, "torch"):
         assert model.q.siblings._runs == []
+
+
+@pytest.mark.parametrize(("training", "dropout_p"), [(True, 0.5), (False, 0.0)])
+def test_the_choice_knows_whether_layers_drop(monkeypatch, training, dropout_p):
+    model, told = attention(lora_dropout=0.5).train(training), []
+    monkeypatch.setattr(
+        shared_input, "runs_together", lambda *_, **options: told.append(options["dropout_p"])
+    )
+    model(torch.randn(3, 8))
+    assert set(told) == {dropout_p}

@@ -281,16 +281,16 @@ def test_what_the_kernels_do_not_take_goes_to_the_torch_backend(
 
 
 def test_the_path_follows_from_metadata() -> None:
-    a_RK = torch.empty(128, 16, dtype=torch.bfloat16)
+    narrow, wide = (128, 16), (256, 16)
     settings = Settings(63, 1.0, None, False, None, 0, 0.0, None)
-    assert path(3, a_RK, torch.float16, settings) == "dense"
-    assert path(3, a_RK, torch.float32, settings) == "library"
-    assert path(3, a_RK, torch.float16, settings._replace(num_experts=64)) == "library"
-    assert path(3, a_RK.repeat(2, 1), torch.float16, settings) == "library"
+    assert path(3, narrow, torch.float16, settings) == "dense"
+    assert path(3, narrow, torch.float32, settings) == "library"
+    assert path(3, narrow, torch.float16, settings._replace(num_experts=64)) == "library"
+    assert path(3, wide, torch.float16, settings) == "library"
     sparse = settings._replace(top_k=2)
-    assert path(3, a_RK, torch.float16, sparse) == "dense"
-    assert path(3, a_RK.repeat(2, 1), torch.float16, sparse) == "grouped"
-    assert path(3, a_RK.repeat(2, 1), torch.float32, sparse) == "library"
+    assert path(3, narrow, torch.float16, sparse) == "dense"
+    assert path(3, wide, torch.float16, sparse) == "grouped"
+    assert path(3, wide, torch.float32, sparse) == "library"
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"num_experts": 4, "r": 40}])

@@ -11,15 +11,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_molora_linear_cuda import DROPOUT, double, extended, gradients_of
+from torch import Tensor
 
-from citi_kernels import environment, molora_linear
+from citi_kernels import backends, environment, molora_linear
 from citi_kernels.ops import (
     extended_gemm_cuda,
     molora_linear_cuda,
     molora_linear_cuda_gradients,
+    molora_linear_group,
+    molora_linear_triton,
     routed_gemm_cuda,
     skinny_cuda,
 )
+from citi_kernels.ops.molora_linear_contract import Settings
+from citi_kernels.ops.molora_linear_group import runs_together
 from citi_kernels.testing import (
     OPERANDS,
     assert_accurate,
@@ -111,19 +116,96 @@ def test_gradients_that_begin_beside_the_gemm_are_the_same(
     assert double.calls["factor_gradients_cuda"] == has_up + 2 * has_down
 
 
-def test_it_comes_before_triton_where_it_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def placed(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Tensor:
+    """As far as a choice looks at a tensor."""
+    on = torch.device(device)
+    return SimpleNamespace(
+        shape=torch.Size(shape), dtype=dtype, device=on, is_cuda=on.type == "cuda"
+    )
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(molora_linear_cuda, "_has_extended_gemm", lambda index: True)
 
-    def is_fastest(*shape: int, dtype=torch.bfloat16, device="cuda", top_k=None, p=0.0) -> bool:
-        x = SimpleNamespace(shape=torch.Size(shape), dtype=dtype, device=torch.device(device))
-        return molora_linear_cuda.is_fastest(x, 4, top_k, p)
 
-    assert is_fastest(2, 1024, 64)
-    assert is_fastest(2048, 64, top_k=4)
-    assert not is_fastest(2, 1023, 64)
-    assert not is_fastest(2048, 64, top_k=2)
-    assert not is_fastest(2048, 64, p=0.1)
-    assert not is_fastest(2048, 64, dtype=torch.float32)
-    assert not is_fastest(2048, 64, device="cpu")
+def is_fastest(x: Tensor, rank: int = 32, has_weight: bool = True, **changes: object) -> bool:
+    settings = Settings(4, 1.0, None, False, None, 0, 0.0, None)._replace(**changes)
+    return molora_linear_cuda.is_fastest(x, rank, settings, has_weight=has_weight)
+
+
+def test_it_comes_before_triton_where_it_was_faster(
+    on_hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert is_fastest(placed(2, 1024, 64))
+    assert is_fastest(placed(2048, 64), top_k=4)
+    assert not is_fastest(placed(2, 1023, 64))
+    assert not is_fastest(placed(2048, 64), top_k=2)
+    assert not is_fastest(placed(2048, 64), dropout_p=0.1)
+    assert not is_fastest(placed(2048, 64, dtype=torch.float32))
+    assert not is_fastest(placed(2048, 64, device="cpu"))
     monkeypatch.setattr(molora_linear_cuda, "_has_extended_gemm", lambda index: False)
-    assert not is_fastest(2048, 64)
+    assert not is_fastest(placed(2048, 64))
+
+
+@pytest.mark.parametrize(("num_experts", "rank"), [(4, 129), (4, 256), (64, 128), (100, 100)])
+def test_triton_comes_first_where_it_alone_has_a_fused_path(
+    on_hopper: None, num_experts: int, rank: int
+) -> None:
+    settings = Settings(num_experts, 1.0, None, False, None, 0, 0.0, None)
+    assert molora_linear_cuda.path(8192, (rank, 64), torch.bfloat16, settings) == "library"
+    assert molora_linear_triton.path(rank, torch.bfloat16, settings) == "dense"
+    assert not is_fastest(placed(8192, 64), rank, num_experts=num_experts)
+
+
+def test_triton_comes_first_where_no_weight_makes_a_gemm(on_hopper: None) -> None:
+    assert not is_fastest(placed(8192, 64), has_weight=False)
+
+
+@pytest.fixture
+def asked(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """Which backend a choice was to try first."""
+    firsts = []
+
+    def choose(op: str, x: Tensor, *, first: str | None = None) -> str:
+        firsts.append(first)
+        return "torch"
+
+    monkeypatch.setattr(backends, "choose", choose)
+    return firsts
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [({}, "cuda"), ({"dropout_p": 0.1}, None), ({"has_weight": False}, None)],
+)
+def test_a_group_asks_what_its_layers_would(asked: list, options: dict, first: str | None) -> None:
+    assert not runs_together(placed(8192, 64), 32, num_experts=4, **options)
+    assert asked == [first]
+
+
+def test_a_group_under_autocast_asks_for_the_dtype_that_its_layers_get(
+    asked: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(molora_linear_group, "autocast_is_on", lambda x: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    assert not runs_together(placed(8192, 64, dtype=torch.float32), 32, num_experts=4)
+    assert asked == ["cuda"]
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_a_group_says_what_its_layers_are(
+    monkeypatch: pytest.MonkeyPatch, weight: bool, dropout_p: float
+) -> None:
+    told = {}
+    monkeypatch.setattr(
+        molora_linear_group, "runs_together", lambda *_, **options: told.update(options)
+    )
+    case = random_case(6, 8, 10, weight=weight)
+    lists = [[each, each] for each in case.operands[1:]]
+    seeds = [torch.tensor(0)] * 2
+    molora_linear_group.molora_linear_group(
+        case.x, *lists, **case.options | {"dropout_p": dropout_p}, dropout_seeds=seeds
+    )
+    assert (told["dropout_p"], told["has_weight"]) == (dropout_p, weight)

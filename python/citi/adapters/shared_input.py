@@ -241,6 +241,7 @@ def forget_results() -> None:
 
 
 def _may_share(member: Member, x: Tensor) -> bool:
+    settings = member.settings
     return (
         type(x) is Tensor
         and not x.is_inference()
@@ -248,8 +249,9 @@ def _may_share(member: Member, x: Tensor) -> bool:
         and runs_together(
             x,
             member.a.shape[0],
-            num_experts=member.settings.num_experts,
-            top_k=member.settings.top_k,
+            num_experts=settings.num_experts,
+            top_k=settings.top_k,
+            dropout_p=settings.dropout if settings.drops(member.training) else 0.0,
         )
     )
 
