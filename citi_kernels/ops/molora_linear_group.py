@@ -20,7 +20,7 @@ from citi_kernels import backends
 from citi_kernels.ops import molora_linear_cuda
 from citi_kernels.ops.autocast import as_autocast, autocast_is_on
 from citi_kernels.ops.molora_linear import molora_linear
-from citi_kernels.ops.molora_linear_checks import flat_segment_ids
+from citi_kernels.ops.molora_linear_checks import FLOATING, flat_segment_ids
 from citi_kernels.ops.molora_linear_contract import Operands, Settings
 from citi_kernels.ops.molora_linear_eager import is_plain_eager, refuse_forward_mode
 from citi_kernels.ops.molora_linear_group_eager import run_eager_group
@@ -126,6 +126,8 @@ def runs_together(
     Raises:
         RuntimeError: the backend asked for cannot run here.
     """
+    if x.dtype not in FLOATING or x.dim() == 0:
+        return False  # the first layer says what is wrong
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
     settings = Settings(num_experts, 1.0, top_k, False, None, 0, dropout_p, None)
     is_cuda_first = molora_linear_cuda.is_fastest(

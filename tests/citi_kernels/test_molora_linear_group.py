@@ -71,6 +71,20 @@ def test_case_20_errors_name_the_argument(name: str, value, words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("x", "error", "words"),
+    [
+        (torch.ones(6, 48).long(), TypeError, "x: want one of .*, got torch.int64"),
+        (torch.ones(()), ValueError, r"x: want \(..., K\), got a tensor without dimensions"),
+        (torch.ones(6, 47), ValueError, r"a: want shape \(E \* r, K of x\) = \(32, 47\)"),
+    ],
+)
+def test_case_20_errors_name_x(x: torch.Tensor, error: type[Exception], words: str) -> None:
+    group = random_group(2, num_tokens=6, num_segments=None)
+    with pytest.raises(error, match=f"molora_linear: {words}"):
+        molora_linear_group(x, *group.lists(group.layers), **group.options)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"dropout_p": 0.1}, "dropout_seeds: want 2 tensors with dropout_p, got None"),
