@@ -146,8 +146,13 @@ def _input_gradient(
 
 
 def sum_dtype_of(dtype: torch.dtype, settings: Settings) -> torch.dtype:
-    """Of the sum over the choices, which is rounded to it at each: fp32 where they are many."""
-    return dtype if settings.top_k <= _MAX_ROUNDINGS else torch.float32
+    """Of the sum over the choices, which is rounded to it at each: no 16 bits where they are many.
+
+    fp32 and fp64 stay.
+    """
+    if settings.top_k <= _MAX_ROUNDINGS:
+        return dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _contiguous(operands: Operands) -> Operands:

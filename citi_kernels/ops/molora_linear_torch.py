@@ -13,7 +13,8 @@ Experts are one low-rank update of rank R with a diagonal gate per token. Dense 
     [da; drouter] = dz x                               one pass over x
 
 Sparse (top_k < E): routed first, in fp32; each expert then sees the rows of its own tokens only,
-so that nothing of a dropped expert, NaN included, can reach a token.
+so that nothing of a dropped expert, NaN included, can reach a token. y is a sum over the experts of
+a token, in fp32 where they are many (`sum_dtype_of`): 16 bits would be rounded for each.
 
 Rank-sized tensors have their tokens last: products with a small first side and softmax over a first
 dimension are the fast ones (measured on CPUs, bf16 and fp32). They are held freely; nothing of size
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from citi_kernels.ops import molora_linear_reference as definition
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
+from citi_kernels.ops.molora_linear_top_k import sum_dtype_of
 
 
 def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tensor | None]:
@@ -172,16 +174,18 @@ def _add_sparse_update(
     probs_TG = definition.gate_probabilities(logits_TG, kept_TE, settings.renormalize)
     kept_ET, probs_GT = kept_TE.T.contiguous(), probs_TG.T.contiguous()
     h_RT = x_TK.new_zeros(operands.a.shape[0], x_TK.shape[0])
+    dtype, sum_dtype = x_TK.dtype, sum_dtype_of(x_TK.dtype, settings)
     if y_TN is None:
-        y_TN = x_TK.new_zeros(x_TK.shape[0], operands.b.shape[0])
+        y_TN = x_TK.new_zeros(x_TK.shape[0], operands.b.shape[0], dtype=sum_dtype)
+    y_TN = y_TN.to(sum_dtype)
     if settings.dropout_p > 0:
         x_TK = x_TK * _dropout_scale(x_TK.shape[0], operands, settings)
     for rows, gate, tokens_t, a_rK, b_rN in _experts_with_tokens(kept_ET, operands):
         h_rt = a_rK @ x_TK[tokens_t].T
         u_rt = _scale(h_rt, probs_GT[gate, tokens_t], settings.scaling)
         h_RT[rows, tokens_t] = h_rt
-        y_TN[tokens_t] = torch.addmm(y_TN[tokens_t], u_rt.T, b_rN)
-    return y_TN, Saved(h_RT, probs_GT, kept_ET)
+        y_TN[tokens_t] = torch.addmm(y_TN[tokens_t], u_rt.T.to(sum_dtype), b_rN.to(sum_dtype))
+    return y_TN.to(dtype), Saved(h_RT, probs_GT, kept_ET)
 
 
 def _sparse_gradients(
