@@ -100,6 +100,7 @@ def accumulate_parameter_scores_(
             segments=segments,
             lengths=lengths,
         )
+        del gradient, weight  # before the next ones are made
 
 
 def _accumulate_score_tile_(

@@ -91,6 +91,7 @@ def accumulate_parameter_scores_(
         if scale != 1.0:
             tile_NK *= scale
         _reduce_(scores_PQ, tile_NK, rows, columns, *segments, seed)
+        del gradient_NK, tile_NK  # before the next ones are made
 
 
 def gradient_tiles(
@@ -108,12 +109,20 @@ def gradient_tiles(
     num_out, num_in = g_TN.shape[1], x_TK.shape[1]
     is_plain = valid_T is None and not per_token and x_TK.dtype == g_TN.dtype
     is_plain = is_plain and x_TK.is_contiguous()
-    for columns in _column_blocks(num_in, segments[1], x_TK.shape[0], whole=is_plain):
+    most, most_columns, most_rows = most_elements or _TILE_ELEMENTS, num_in, num_out
+    if not is_plain:
+        most_columns = _fitting(_TILE_ELEMENTS, x_TK.shape[0], g_TN.dtype)
+    strides = g_TN.stride()
+    if valid_T is not None or per_token or 1 not in strides or 0 in strides:
+        most_rows = _fitting(_TILE_ELEMENTS, g_TN.shape[0], g_TN.dtype)
+    for columns in _row_tiles(num_in, segments[1], min(most_columns, num_in)):
         x = _operand(x_TK[:, columns], valid_T, per_token, g_TN.dtype)
-        step = _rows_per_tile(num_out, x.shape[1], most_elements or _TILE_ELEMENTS)
+        # at most half of the rows: a small weight never has its whole gradient in memory either
+        step = min(most_rows, _fitting(most, x.shape[1], g_TN.dtype), max(1, num_out // 2))
         for rows in _row_tiles(num_out, segments[0], step):
-            g = _operand(g_TN[:, rows], valid_T, per_token, g_TN.dtype)
-            yield rows, columns, _gradient_tile(x, g)
+            g_tile = g_TN[:, rows]
+            yield rows, columns, _gradient_tile(x, _operand(g_tile, valid_T, per_token, g_TN.dtype))
+        del x  # before the next one is copied
 
 
 def _reduce_(
@@ -167,12 +176,6 @@ def _segments(features: slice, size: int) -> slice:
     return slice(features.start // size, (features.stop - 1) // size + 1)
 
 
-def _column_blocks(num_in: int, segment: int, num_tokens: int, *, whole: bool) -> Iterator[slice]:
-    """All columns at once where x is used as it lies; else blocks whose copies are bounded."""
-    fitting = num_in if whole else max(1, _TILE_ELEMENTS // max(1, num_tokens))
-    return _row_tiles(num_in, segment, min(fitting, num_in))
-
-
 def _row_tiles(size: int, segment: int, step: int) -> Iterator[slice]:
     """Slices of at most `step`, or few more than wanted: whole segments, or within one."""
     if step >= segment:
@@ -185,9 +188,9 @@ def _row_tiles(size: int, segment: int, step: int) -> Iterator[slice]:
             yield slice(start, min(start + step, first + segment))
 
 
-def _rows_per_tile(num_out: int, num_in: int, most_elements: int) -> int:
-    """At most half of the rows: even a small weight never has its whole gradient in memory."""
-    return max(1, min(most_elements // max(1, num_in), num_out // 2))
+def _fitting(elements: int, size: int, dtype: torch.dtype) -> int:
+    """How many vectors of a size have together as many elements, or half of them in fp64."""
+    return max(1, elements * 4 // (max(4, dtype.itemsize) * max(1, size)))
 
 
 def _operand(part: Tensor, valid_T: Tensor | None, per_token: bool, dtype: torch.dtype) -> Tensor:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from citi_kernels import use_backend
+from citi_kernels import available_backends, use_backend
 from citi_kernels.ops import importance_torch
 from citi_kernels.ops.importance_parameters import OP, accumulate_parameter_scores_
 from citi_kernels.ops.importance_reference import parameter_scores_ref
+from citi_kernels.tensor_memory import TensorMemory
 from citi_kernels.testing import assert_accurate, embed, exact_matmul, poisoned_memory
 from importance_inputs import (
     DTYPES,
@@ -24,7 +25,7 @@ from importance_inputs import (
     guarded_zeros,
     parameter_case,
 )
-from under_test import BACKEND, REPEATS, WIDEST
+from under_test import BACKEND, DEVICE, REPEATS, WIDEST
 
 FP32_EPS = torch.finfo(torch.float32).eps
 SHAPES = {
@@ -378,6 +379,30 @@ def test_case_29_fp64_scores_take_in_steps_that_fp32_would_lose(shape: tuple[int
         accumulate_parameter_scores_(scores, *tensors)
     gained = 5 * parameter_scores_ref(*tensors, shape)
     torch.testing.assert_close(scores - 2.0**30, gained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counted on the CPU")
+@pytest.mark.parametrize("backend", sorted({"torch", "native"} & {*available_backends(OP)}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_out", "num_in"), [(4096, 8192, 64), (512, 640, 16384)], ids=str
+)
+def test_case_37_the_workspace_stays_below_its_limit(
+    num_tokens: int, num_out: int, num_in: int, dtype: torch.dtype, backend: str
+) -> None:
+    weight, x, g = parameter_case(num_tokens, num_out, num_in, dtype)
+    scores, valid = torch.zeros(1, 1, dtype=torch.float64), torch.ones(num_tokens).bool()
+    strided = (weight.T.contiguous().T, x, g.repeat_interleave(2, 1)[:, ::2])
+    for tensors, options in (
+        ((weight, x, g), {}),
+        ((weight, x, g), {"valid": valid}),
+        ((weight, x, g), {"per_token": True}),
+        ((weight, x, g), {"valid": valid, "per_token": True}),
+        (strided, {}),
+    ):
+        with use_backend(backend), TensorMemory() as memory:
+            accumulate_parameter_scores_(scores, *tensors, **options)
+        assert memory.peak < 64 * 2**20, options
 
 
 @each_shape
