@@ -32,9 +32,14 @@ class RoutingContext:
     Layers that run inside the with-block add their gate sums to `gate_sums`; a layer that runs
     twice adds up. Layers that run outside, so also the recomputation of non-reentrant activation
     checkpointing in the backward pass, see no context and record nothing; gradients are right
-    either way. Nothing is kept on modules. Contexts may be nested (the inner one counts, the outer
-    one comes back); entering one again starts it anew; entering it while it is open is refused.
-    The active context belongs to the process, not to a thread (so no `DataParallel`).
+    either way. Where a compiled block is checkpointed PyTorch raises a CheckpointError instead: the
+    graph without a context, which would recompute it, saves other tensors. Call `backward` inside
+    the with-block then (sums of layers recomputed there may add up a second time), or compile
+    the model around its checkpoints.
+
+    Nothing is kept on modules. Contexts may be nested (the inner one counts, the outer one comes
+    back); entering one again starts it anew; entering it while it is open is refused. The active
+    context belongs to the process, not to a thread (so no `DataParallel`).
 
     For the gates of single tokens let every token be a segment: `segment_ids = arange(T)`.
     """

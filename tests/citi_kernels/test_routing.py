@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from citi_kernels.layers.molora_linear import MoLoRALinear
 from citi_kernels.layers.routing import RoutingContext
@@ -188,6 +188,30 @@ def test_backward_inside_the_block_gives_the_same_gradients():
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_a_compiled_block_is_recomputed_in_a_backward_inside_the_with_block():
+    def gradients(model, is_inside):
+        x = torch.randn(3, 4, 6, generator=torch.Generator(MASK.device).manual_seed(2))
+        context = RoutingContext.from_attention_mask(MASK, task_types=TASKS)
+        with context:
+            loss = model(x.requires_grad_()).square().mean()
+            for gate_sums in context.stacked():
+                loss = loss + router_loss(gate_sums, context.token_counts, TASKS).sum()
+            if is_inside:
+                loss.backward()
+        if not is_inside:
+            loss.backward()
+        return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    torch._dynamo.reset()
+    compiled, eager = TwoLayers(use_reentrant=False), TwoLayers()
+    compiled.block = torch.compile(compiled.block, backend="aot_eager")
+    ours, expected = gradients(compiled, True), gradients(eager, False)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(CheckpointError):
+        gradients(compiled, False)
 
 
 def test_reentrant_checkpointing_is_refused_while_training_only():
