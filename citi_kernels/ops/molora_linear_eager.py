@@ -16,11 +16,14 @@ from torch.autograd.function import once_differentiable
 from citi_kernels.ops.autocast import without_autocast
 from citi_kernels.ops.molora_linear_contract import Operands, Saved, Settings, forward_only
 from citi_kernels.ops.molora_linear_op import (
+    UNSAVED,
+    check_unchanged,
     checked_backend,
     checked_forward,
     keep,
     needs_of,
     run_gradients,
+    versions_of,
 )
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -84,6 +87,7 @@ class EagerMoLoRALinear(torch.autograd.Function):
         y_TN, saved, gate_sums_BG = checked_forward(operands, settings, backend)
         keep(ctx, operands, saved)
         ctx.settings, ctx.backend = settings, backend
+        ctx.versions = versions_of(settings.segment_ids, settings.dropout_seed)
         return y_TN, gate_sums_BG
 
     @staticmethod
@@ -91,9 +95,11 @@ class EagerMoLoRALinear(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dgate_sums: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        settings = ctx.settings
+        check_unchanged(UNSAVED, (settings.segment_ids, settings.dropout_seed), ctx.versions)
         x, weight, a, b, router, *saved = ctx.saved_tensors
         operands, needs = Operands(x, weight, None, a, b, router), needs_of(ctx, dy)
         gradients = run_gradients(
-            dy, dgate_sums, operands, Saved(*saved), ctx.settings, needs, ctx.backend
+            dy, dgate_sums, operands, Saved(*saved), settings, needs, ctx.backend
         )
         return (*gradients, None, None)

@@ -19,7 +19,9 @@ from citi_kernels.ops.molora_linear_group_op import (
     by_layer,
     checked_forward,
     run_gradients,
+    unsaved,
 )
+from citi_kernels.ops.molora_linear_op import check_unchanged, versions_of
 
 
 def run_eager_group(
@@ -57,11 +59,14 @@ class EagerGroup(torch.autograd.Function):
         ]
         ctx.save_for_backward(x if is_x_needed else None, *itertools.chain(*kept))
         ctx.needs_L, ctx.settings_L, ctx.backend = needs_L, settings_L, backend
+        ctx.versions = versions_of(*_unsaved(settings_L))
         return tuple(itertools.chain(*zip(y_LTN, gate_sums_LBG, strict=True)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        names = unsaved(len(ctx.settings_L))
+        check_unchanged(names, _unsaved(ctx.settings_L), ctx.versions)
         x, *kept = ctx.saved_tensors
         kept_L = by_layer(kept, size=6)
         incoming_L = by_layer(incoming, size=2)
@@ -80,3 +85,7 @@ class EagerGroup(torch.autograd.Function):
             for i, gradients in zip(reached, found, strict=True):
                 gradients_L[i] = gradients
         return None, None, dx_TK, *itertools.chain(*(each[1:] for each in gradients_L))
+
+
+def _unsaved(settings_L: list[Settings]) -> list[Tensor | None]:
+    return [settings_L[0].segment_ids, *(each.dropout_seed for each in settings_L)]

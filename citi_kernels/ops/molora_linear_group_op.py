@@ -21,7 +21,13 @@ from citi_kernels import backends
 from citi_kernels.ops.autocast import without_autocast
 from citi_kernels.ops.molora_linear_checks import check, check_values
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
-from citi_kernels.ops.molora_linear_op import as_gradient, resolved, rounded_gradients
+from citi_kernels.ops.molora_linear_op import (
+    as_gradient,
+    check_unchanged,
+    resolved,
+    rounded_gradients,
+    versions_of,
+)
 from citi_kernels.ops.molora_linear_reference import gate_dtype
 
 
@@ -234,6 +240,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor]
     # segment_ids and dropout_seeds stay attributes, see molora_linear
     ctx.has_weight, ctx.has_bias = has_weight, has_bias
     ctx.num_weights, ctx.rest, ctx.backend = len(weights_if_needed), rest[:-1], rest[-1]
+    ctx.versions = versions_of(rest[4], *rest[-2])
 
 
 def _backward(
@@ -245,6 +252,7 @@ def _backward(
 ) -> tuple[Any, ...]:
     """Layers that nothing comes back from are left out: their gradients are None, as alone."""
     num_layers, seeds = len(dy), ctx.rest[-1]
+    check_unchanged(unsaved(len(seeds)), (ctx.rest[4], *seeds), ctx.versions)
     incoming_L = list(zip(dy, dgate_sums or [None] * num_layers, strict=True))
     needs_L = _needs(*ctx.needs_input_grad[:6], ctx.has_weight, ctx.has_bias)
     needs_L = [answerable(*each) for each in zip(needs_L, incoming_L, strict=True)]
@@ -266,6 +274,11 @@ def _backward(
         [None] * len(seeds),
         None,
     )
+
+
+def unsaved(num_seeds: int) -> list[str]:
+    """Names of the tensors that autograd does not save."""
+    return ["segment_ids", *(f"dropout_seeds[{i}]" for i in range(num_seeds))]
 
 
 def answerable(needs: Needs, incoming: tuple[Tensor | None, Tensor | None]) -> Needs:

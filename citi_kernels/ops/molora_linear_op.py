@@ -6,6 +6,7 @@ B segments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from citi_kernels.ops.autocast import without_autocast
 from citi_kernels.ops.molora_linear_checks import check, check_values
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
 from citi_kernels.ops.molora_linear_reference import gate_dtype
+
+UNSAVED = ("segment_ids", "dropout_seed")
 
 
 def _run_forward(
@@ -211,6 +214,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # segment_ids and dropout_seed stay attributes: the list of saved tensors must be the same when
     # activation checkpointing runs the forward again without a routing context
     ctx.rest, ctx.backend = tuple(rest[:-1]), rest[-1]
+    ctx.versions = versions_of(rest[4], rest[7])
 
 
 def keep(ctx: Any, operands: Operands, saved: Saved) -> None:
@@ -220,6 +224,27 @@ def keep(ctx: Any, operands: Operands, saved: Saved) -> None:
     x_if_needed = x if needs.weight or needs.a or needs.router else None
     weight_if_needed = weight if needs.x else None  # under autocast it may be a copy
     ctx.save_for_backward(x_if_needed, weight_if_needed, a, b, router, *saved)
+
+
+def versions_of(*tensors: Tensor | None) -> list[int | None]:
+    """How often each was changed in place, for autograd sees to saved tensors alone.
+
+    None where that is not counted, and where a tracer that copies what changes looks on.
+    """
+    return [
+        None if each is None or type(each) is not Tensor or each.is_inference() else each._version
+        for each in tensors
+    ]
+
+
+def check_unchanged(names: Sequence[str], tensors: Sequence[Tensor | None], before: list) -> None:
+    """Raises a RuntimeError, as autograd does, where the backward would see other values."""
+    for name, old, new in zip(names, before, versions_of(*tensors), strict=True):
+        if old is not None and new != old:
+            raise RuntimeError(
+                f"molora_linear: {name}, needed for the backward, was modified by an inplace "
+                f"operation: it is at version {new}, expected version {old}; give it a copy"
+            )
 
 
 def needs_of(ctx: Any, dy: Tensor | None) -> Needs:
@@ -232,6 +257,7 @@ def needs_of(ctx: Any, dy: Tensor | None) -> Needs:
 def _backward(
     ctx: Any, dy: Tensor | None, _h: None, _probs: None, _kept: None, dgate_sums: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    check_unchanged(UNSAVED, (ctx.rest[4], ctx.rest[7]), ctx.versions)
     has_segments, needs = ctx.rest[4] is not None, needs_of(ctx, dy)
     gradients = molora_linear_op_backward(
         dy,

@@ -254,6 +254,27 @@ def test_a_second_derivative_raises_instead_of_being_wrong() -> None:
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["segment_ids", "dropout_seed"])
+@pytest.mark.parametrize("through", ["eager", "op"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_a_change_in_place_before_the_backward_raises_where_it_is_counted(
+    mode: type, through: str, name: str
+) -> None:
+    case = random_case(7, 16, 12, dropout_p=0.3, dropout_seed=SEED)
+    with mode():
+        case.options[name] = case.options[name].clone()
+    leaves = [each.clone().requires_grad_() for each in case.operands]
+    if through == "op":
+        leaves[0] = torch._neg_view(-leaves[0])  # is left to PyTorch's dispatch
+    outputs = molora_linear(*leaves, **case.options)
+    torch.autograd.backward(outputs, [case.dy, case.dgate_sums], retain_graph=True)
+    if mode is torch.inference_mode:
+        return
+    case.options[name].mul_(1)
+    with pytest.raises(RuntimeError, match=f"molora_linear: {name}, .* modified by an inplace"):
+        torch.autograd.backward(outputs, [case.dy, case.dgate_sums])
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}], ids=["dense", "top_k"])
 def test_recomputation_without_segments_gives_the_same_gradients(options: dict) -> None:
     case = random_case(12, 16, 12, **options)

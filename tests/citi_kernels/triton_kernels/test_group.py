@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -193,6 +194,22 @@ def lazily_negated(tensor: Tensor) -> Tensor:
     view = torch._neg_view(-tensor)  # as of `torch.complex(…).conj().imag`
     assert view.is_neg()
     return view
+
+
+@pytest.mark.parametrize("name", ["segment_ids", "dropout_seeds[1]"])
+@pytest.mark.parametrize("through", ["eager", "op"])
+def test_a_change_in_place_before_the_backward_raises(through: str, name: str) -> None:
+    group = random_group(3, dropout_p=0.3, device=DEVICE)
+    x = group.x.clone().requires_grad_()
+    outputs = molora_linear_group(
+        lazily_negated(x) if through == "op" else x,
+        *group.lists(group.layers),
+        **group.options,
+        dropout_seeds=group.seeds,
+    )
+    (group.options[name] if name in group.options else group.seeds[1]).mul_(1)
+    with pytest.raises(RuntimeError, match=rf"molora_linear: {re.escape(name)}, .* modified"):
+        outputs[2][0].sum().backward()
 
 
 @pytest.mark.parametrize(
