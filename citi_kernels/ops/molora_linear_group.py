@@ -126,7 +126,7 @@ def runs_together(
     Raises:
         RuntimeError: the backend asked for cannot run here.
     """
-    if x.dtype not in FLOATING or not x.shape:
+    if x.dtype not in FLOATING or x.dim() == 0:
         return False  # the first layer says what is wrong
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
     settings = Settings(num_experts, 1.0, top_k, False, None, 0, dropout_p, None)

@@ -203,8 +203,8 @@ def _up_and_rank(
     if needs_rank:
         ranks = rank_gradients(dy_TN, du_CTR, dgate_sums_BG, b_NR, h_TR, probs_TG, settings)
     else:
-        # kernels get them and no result comes of them, but they compile for these dtypes alone
-        ranks = h_TR, probs_TG.to(h_TR.dtype)
+        # no result comes of these, so that nobody fills them; but kernels want their dtypes
+        ranks = h_TR, torch.empty_like(probs_TG, dtype=h_TR.dtype)
     gradients = Operands(
         x=None,
         weight=dy_TN.T @ operands.x if needs.weight else None,

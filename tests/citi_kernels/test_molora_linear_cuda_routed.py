@@ -119,9 +119,7 @@ def test_gradients_that_begin_beside_the_gemm_are_the_same(
 def placed(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Tensor:
     """As far as a choice looks at a tensor."""
     on = torch.device(device)
-    return SimpleNamespace(
-        shape=torch.Size(shape), dtype=dtype, device=on, is_cuda=on.type == "cuda"
-    )
+    return SimpleNamespace(shape=torch.Size(shape), dim=lambda: len(shape), dtype=dtype, device=on)
 
 
 @pytest.fixture
