@@ -46,7 +46,9 @@ def evaluate_run(path: str | Path, *, observer: RunObserver | None = None) -> di
         model, tokenizer, run=run, recipe=recipe, tool=tool, general=general, observer=observer
     )
     manifest = run.load_manifest()
-    manifest.record("eval", {"files": run.digests_of("eval")}, ends_run=True)
+    # The run itself finished when it did.
+    manifest.phases["eval"] = manifest.phases.get("eval", {}) | {"files": run.digests_of("eval")}
+    manifest.save()
     return results
 
 

@@ -244,7 +244,8 @@ void CheckArguments() {
   tile.sums.dtype = kFp32, refused("sums: dtype");
   tile.sums.data = tile.scores.data, refused("sums: must not overlap scores");
   tile.sums.data = const_cast<void*>(tile.weight.data), refused("sums: must not overlap weight");
-  tile.weight.data = static_cast<char*>(tile.scores.data) + 8, refused("scores: must not overlap");
+  tile.scores.data = const_cast<void*>(tile.weight.data),
+  refused("scores: must not overlap weight");
 }
 
 }  // namespace
