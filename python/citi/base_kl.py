@@ -27,6 +27,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from citi.adapters import without_adapters
+from citi.evaluation.inference import evaluation_mode
 
 IGNORED_LABEL = -100
 _CHUNK = 1024
@@ -96,14 +97,8 @@ def as_base(model: nn.Module) -> Iterator[None]:
 
     PEFT's `disable_adapter()` would turn `requires_grad` on for the whole adapter when it ends.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with without_adapters(model):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluation_mode(model), without_adapters(model):
+        yield
 
 
 def refuse_without_adapters(model: nn.Module) -> None:

@@ -13,16 +13,22 @@ Progress = Callable[[int, int | None, str], None]
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without autograd; every module's own mode returns, also on an exception."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module's own mode returns, also on an exception."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without autograd."""
+    with evaluation_mode(model), torch.inference_mode():
+        yield
 
 
 def base_model(model: nn.Module) -> nn.Module:
