@@ -58,6 +58,11 @@ class BaseAnswers:
         return total
 
 
+def targets_of(labels: Tensor) -> Tensor:
+    """What each position predicts: the label behind it; the last position predicts nothing."""
+    return functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
+
+
 def base_answers(
     model: nn.Module, inputs: Mapping[str, Any], task_types: Tensor
 ) -> BaseAnswers | None:
@@ -80,7 +85,7 @@ def base_answers(
             raise ValueError(
                 f"base_kl_weight wants `labels` in every training batch, got {sorted(inputs)}"
             )
-        targets_BP = functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
+        targets_BP = targets_of(labels)
     is_general_B = task_types.to(targets_BP.device) == 0
     chosen_BP = (targets_BP != IGNORED_LABEL) & is_general_B[:, None]
     rows = chosen_BP.any(1).nonzero().squeeze(1)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
+from citi.base_kl import targets_of
 from citi.checkpoints import (
     SEAL,
     checkpoint_stage,
@@ -259,7 +259,7 @@ def answers_only(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     labels = inputs.get("labels")
     if labels is None or "logits_to_keep" in inputs:
         return inputs
-    targets = functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
+    targets = targets_of(labels)
     positions = (targets != IGNORED_LABEL).any(0).nonzero().squeeze(1)
     if not positions.numel():
         return inputs
