@@ -89,6 +89,31 @@ void CheckAdapter(const MoloraSizes& sizes, const Matrix& a, const Matrix& b, co
   checker->CheckInput("router", router, sizes.num_gates(), sizes.num_in);
 }
 
+bool HasContiguousRows(const Matrix& matrix, int64_t num_columns) {
+  return matrix.column_stride == 1 || num_columns <= 1;
+}
+
+// The linear layer, where the kernel computes it too.
+void CheckBase(const MoloraForward& forward, Checker* checker) {
+  const MoloraSizes& sizes = forward.sizes;
+  const bool has_weight = forward.weight.data != nullptr;
+  if (has_weight) {
+    checker->Require(forward.is_of_few(), "weight: must be left out of many tokens and of dropout");
+    checker->Require(!forward.has_base, "weight: must be left out where y is added to");
+    checker->CheckDType("weight", forward.weight.dtype, forward.x.dtype);
+    checker->CheckInput("weight", forward.weight, sizes.num_out, sizes.num_in);
+    checker->Require(HasContiguousRows(forward.weight, sizes.num_in),
+                     "weight: rows must be contiguous");
+    checker->Require(HasContiguousRows(forward.x, sizes.num_in),
+                     "x: rows must be contiguous where weight is given");
+  }
+  if (forward.bias.data != nullptr) {
+    checker->Require(has_weight, "bias: must be left out where weight is");
+    checker->CheckDType("bias", forward.bias.dtype, forward.x.dtype);
+    checker->CheckInput("bias", forward.bias, sizes.num_out);
+  }
+}
+
 }  // namespace
 
 std::string Invalid(const MoloraSizes& sizes) {
@@ -110,6 +135,12 @@ std::string Invalid(const MoloraSizes& sizes) {
   return "";
 }
 
+std::string InvalidUp(const MoloraSizes& sizes, const Matrix& b) {
+  Checker checker(sizes);
+  checker.CheckInput("b", b, sizes.num_out, sizes.stacked_rank);
+  return checker.Problem();
+}
+
 std::string Invalid(const MoloraForward& forward, int64_t workspace_size) {
   const MoloraSizes& sizes = forward.sizes;
   Checker checker(sizes);
@@ -120,6 +151,7 @@ std::string Invalid(const MoloraForward& forward, int64_t workspace_size) {
   CheckAdapter(sizes, forward.a, forward.b, forward.router, &checker);
   checker.CheckDType("y", forward.y.dtype, dtype);
   checker.CheckOutput("y", forward.y, sizes.num_tokens, sizes.num_out);
+  CheckBase(forward, &checker);
   if (forward.h.data != nullptr) {
     checker.CheckDType("h", forward.h.dtype, dtype);
     checker.CheckOutput("h", forward.h, sizes.num_tokens * sizes.stacked_rank);

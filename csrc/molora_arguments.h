@@ -1,7 +1,7 @@
 // MOLoRA besides the linear layer it sits on: the problem, as the CPU backend takes it.
 //
 //   forward    h = a x    gate = softmax(router x)    u = scaling h ⊙ repeat(gate[1:], r)
-//              y += b u
+//              y += b u; of few tokens also y = weight x + bias + b u
 //   backward   du = bᵀ dy    dgate_i = scaling <h_i, du_i> + dgate_sums_i
 //              dz = [scaling du ⊙ repeat(gate[1:], r); gate ⊙ (dgate - <gate, dgate>)]
 //              dx += [a; router]ᵀ dz    db = dyᵀ u    [da; drouter] = dzᵀ x
@@ -9,8 +9,8 @@
 // With dropout a sees keep ⊙ x / (1 - p), and what it sends back to dx goes the same way. router
 // sees x.
 //
-// x, dy, y, dx and h share one dtype, fp32 or bf16; a, b, router and their gradients each have one
-// of these. Sums, gates and softmax are fp32. u and dz are rounded to the dtype of x.
+// x, dy, y, dx, h, weight and bias share one dtype, fp32 or bf16; a, b, router and their gradients
+// each have one of these. Sums, gates and softmax are fp32. u and dz are rounded to the dtype of x.
 //
 // Shapes: T tokens, K in-features, N out-features, E experts, R stacked rank (E·r), G = E + 1,
 // Z = R + G.
@@ -28,6 +28,9 @@ namespace citi {
 constexpr int64_t kMaxStackedRank = 128;
 // Of z; an expert has a rank of at least 1.
 constexpr int64_t kMaxMoloraRows = 2 * kMaxStackedRank + 1;
+// Up to so many, without dropout, have kernels of their own in the forward. They sum in another
+// order: a token among few and the same token among more are equal within rounding, not in bits.
+constexpr int64_t kFewTokens = 8;
 
 struct MoloraSizes {
   int64_t num_tokens;
@@ -50,9 +53,13 @@ struct MoloraForward {
   Matrix router;     // (G, K)
   Matrix y;          // (T, N), changed in place
   bool has_base;     // whether y is added to; otherwise it is overwritten
+  Matrix weight;     // (N, K), contiguous rows, or none; few tokens alone, without has_base
+  Vector bias;       // (N), or none; needs weight
   Vector h;          // (T, R), overwritten, or none
   Vector probs;      // (T, G) fp32, overwritten, or none
   Vector workspace;  // fp32, MoloraForwardWorkspace entries; none where these are 0
+
+  bool is_of_few() const { return sizes.num_tokens <= kFewTokens && !dropout; }
 };
 
 struct MoloraBackward {
@@ -77,6 +84,7 @@ struct MoloraBackward {
 
 // What is wrong with the arguments, naming the first one, or "". Sizes may be 0, but experts.
 std::string Invalid(const MoloraSizes& sizes);
+std::string InvalidUp(const MoloraSizes& sizes, const Matrix& b);
 std::string Invalid(const MoloraForward& forward, int64_t workspace_size);
 std::string Invalid(const MoloraBackward& backward, int64_t workspace_size);
 

@@ -5,10 +5,11 @@
               expert kept
     library   everything else                                   the torch backend
 
-The base products, x weight^T and dy weight, are PyTorch's. Around them, in one call each:
+The base products, x weight^T and dy weight, are PyTorch's, but for the first of up to 8 tokens once
+b is not 0: a fresh layer's output stays its linear's, bitwise. Around them, in one call each:
 
     forward   shrink x to z, route, add u b^T to y: block by block of tokens. Up to 8 tokens, as
-              in generation, meet the rows of a, router and b where these lie, in fp32
+              in generation, meet the rows of a, router, b and weight where these lie, in fp32
     backward  shrink dy to du, rank gradients, add dz^T [a; router] to dx: block by block of tokens;
               db, and [da; drouter]: block by block of columns
 
@@ -77,15 +78,22 @@ def _run_forward(
     """y; fills h and probs."""
     x_TK, weight_NK, bias_N, a_RK, b_NR, router_GK = operands
     x_TK = x_TK.contiguous()
-    if weight_NK is None:
-        y_TN = x_TK.new_empty(x_TK.shape[0], b_NR.shape[0])
-    else:
-        y_TN = F.linear(x_TK, weight_NK, bias_N)
     # names of ours keep these alive during the call
     a_RK, b_NR, router_GK = _readable(a_RK, b_NR, router_GK, dtype=x_TK.dtype)
     extension, matrix = compiled.extension(), compiled.matrix
     shape = _shape(x_TK.shape[0], a_RK, b_NR, settings)
     dropout = definition.dropout_numbers(settings.dropout_p, settings.dropout_seed)
+    b_numbers = matrix(b_NR)
+    is_read_here = (
+        weight_NK is not None
+        and _can_be_read(x_TK, weight_NK, bias_N, dropout)
+        and extension.molora_has_update(shape=shape, b=b_numbers)
+    )
+    has_base = weight_NK is not None and not is_read_here
+    if has_base:
+        y_TN, weight_NK, bias_N = F.linear(x_TK, weight_NK, bias_N), None, None
+    else:
+        y_TN = x_TK.new_empty(x_TK.shape[0], b_NR.shape[0])
     size = extension.molora_forward_workspace(shape, has_dropout=dropout is not None)
     workspace = x_TK.new_empty(size, dtype=torch.float32) if size else None
     extension.molora_forward(
@@ -94,16 +102,32 @@ def _run_forward(
         dropout=dropout,
         x=matrix(x_TK),
         a=matrix(a_RK),
-        b=matrix(b_NR),
+        b=b_numbers,
         router=matrix(router_GK),
         y=matrix(y_TN),
-        has_base=weight_NK is not None,
+        has_base=has_base,
+        weight=None if weight_NK is None else matrix(weight_NK),
+        bias=compiled.vector(bias_N),
         h=compiled.vector(h_TR),
         probs=compiled.vector(probs_TG),
         workspace=compiled.vector(workspace),
         num_threads=torch.get_num_threads(),
     )
     return y_TN
+
+
+def _can_be_read(
+    x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dropout: object | None
+) -> bool:
+    """Whether the tokens are few, and the rows of weight, of which there is one, contiguous."""
+    return (
+        x_TK.shape[0] <= compiled.extension().molora_few_tokens
+        and dropout is None
+        and weight_NK.stride(1) == 1
+        and weight_NK.numel() > 0
+        and x_TK.numel() > 0
+        and (bias_N is None or bias_N.is_contiguous())
+    )
 
 
 def _gate_sums(probs_TG: Tensor, settings: Settings) -> Tensor | None:

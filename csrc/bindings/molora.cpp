@@ -32,8 +32,9 @@ void CheckAndRun(const Problem& molora, int64_t workspace_size, int64_t num_thre
 void Forward(const ShapeNumbers& shape, float scaling,
              const std::optional<DropoutNumbers>& dropout, const MatrixNumbers& x,
              const MatrixNumbers& a, const MatrixNumbers& b, const MatrixNumbers& router,
-             const MatrixNumbers& y, bool has_base, const OptionalVector& h,
-             const OptionalVector& probs, const OptionalVector& workspace, int64_t num_threads) {
+             const MatrixNumbers& y, bool has_base, const OptionalMatrix& weight,
+             const OptionalVector& bias, const OptionalVector& h, const OptionalVector& probs,
+             const OptionalVector& workspace, int64_t num_threads) {
   const MoloraSizes sizes = AsSizes(shape);
   const MoloraForward forward{sizes,
                               scaling,
@@ -44,6 +45,8 @@ void Forward(const ShapeNumbers& shape, float scaling,
                               AsMatrix("router", router),
                               AsMatrix("y", y),
                               has_base,
+                              AsMatrix("weight", weight),
+                              AsVector("bias", bias),
                               AsVector("h", h),
                               AsVector("probs", probs),
                               AsVector("workspace", workspace)};
@@ -78,10 +81,20 @@ void Backward(const ShapeNumbers& shape, float scaling,
   CheckAndRun(backward, MoloraBackwardWorkspace(sizes), num_threads);
 }
 
+// b is (N, R); a layer whose b is 0 is its linear layer.
+bool HasUpdate(const ShapeNumbers& shape, const MatrixNumbers& b) {
+  const MoloraSizes sizes = AsSizes(shape);
+  const Matrix matrix = AsMatrix("b", b);
+  const std::string problem = InvalidUp(sizes, matrix);
+  if (!problem.empty()) Refuse(problem);
+  return !IsZero(matrix, sizes.num_out, sizes.stacked_rank);
+}
+
 }  // namespace
 
 void BindMolora(py::module_& module) {
   module.attr("molora_max_stacked_rank") = kMaxStackedRank;
+  module.attr("molora_few_tokens") = kFewTokens;
   module.def(
       "molora_forward_workspace",
       [](const ShapeNumbers& shape, bool has_dropout) {
@@ -92,10 +105,11 @@ void BindMolora(py::module_& module) {
       "molora_backward_workspace",
       [](const ShapeNumbers& shape) { return MoloraBackwardWorkspace(AsSizes(shape)); },
       Strictly("shape"));
+  module.def("molora_has_update", HasUpdate, py::kw_only(), Strictly("shape"), Strictly("b"));
   module.def("molora_forward", Forward, py::kw_only(), Strictly("shape"), Strictly("scaling"),
              Strictly("dropout"), Strictly("x"), Strictly("a"), Strictly("b"), Strictly("router"),
-             Strictly("y"), Strictly("has_base"), Strictly("h"), Strictly("probs"),
-             Strictly("workspace"), Strictly("num_threads"));
+             Strictly("y"), Strictly("has_base"), Strictly("weight"), Strictly("bias"),
+             Strictly("h"), Strictly("probs"), Strictly("workspace"), Strictly("num_threads"));
   module.def("molora_backward", Backward, py::kw_only(), Strictly("shape"), Strictly("scaling"),
              Strictly("dropout"), Strictly("dy"), Strictly("x"), Strictly("a"), Strictly("b"),
              Strictly("router"), Strictly("h"), Strictly("probs"), Strictly("dgate"),

@@ -42,14 +42,28 @@ void Run(const Problem& problem, const MoloraPhase<Problem> (&phases)[kPhases],
   }
 }
 
-bool IsOfFew(const MoloraSizes& sizes, bool has_dropout) {
-  return sizes.num_tokens <= kFewTokens && !has_dropout;
+template <class Number>
+bool IsZeroOf(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const Number* row = static_cast<const Number*>(matrix.data) + i * matrix.row_stride;
+    bool is_zero = true;
+    for (int64_t j = 0; j < num_columns; ++j) {
+      is_zero = is_zero && ToFloat(row[j * matrix.column_stride]) == 0.0f;
+    }
+    if (!is_zero) return false;
+  }
+  return true;
 }
 
 }  // namespace
 
+bool IsZero(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
+  return matrix.dtype == DType::kFloat32 ? IsZeroOf<float>(matrix, num_rows, num_columns)
+                                         : IsZeroOf<BFloat16>(matrix, num_rows, num_columns);
+}
+
 int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, bool has_dropout) {
-  if (IsOfFew(sizes, has_dropout)) return 0;
+  if (sizes.num_tokens <= kFewTokens && !has_dropout) return 0;
   const int64_t num_tokens = RoundUp(sizes.num_tokens, kMoloraTokens);
   const int64_t num_lanes =
       has_dropout ? RoundUp(sizes.stacked_rank, kLanes) + RoundUp(sizes.num_gates(), kLanes)
@@ -67,7 +81,7 @@ int64_t MoloraBackwardWorkspace(const MoloraSizes& sizes) {
 
 void RunMolora(const MoloraForward& forward, Variant variant, int64_t num_threads) {
   const MoloraKernels kernels = Select(variant, forward.x.dtype);
-  if (!IsOfFew(forward.sizes, forward.dropout.has_value())) {
+  if (!forward.is_of_few()) {
     Run(forward, kernels.forward, num_threads);
     return;
   }

@@ -8,13 +8,13 @@ namespace citi {
 
 // Tokens that pass through the rank space together.
 constexpr int64_t kMoloraTokens = 32;
-// Up to so many, without dropout, have kernels of their own in the forward. They sum in another
-// order: a token among few and the same token among more are equal within rounding, not in bits.
-constexpr int64_t kFewTokens = 8;
 
 // Entries of the workspaces, whatever the variant; the sizes must be valid.
 int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, bool has_dropout);
 int64_t MoloraBackwardWorkspace(const MoloraSizes& sizes);
+
+// Whether no entry differs from 0; of a trained b the first one tells. The matrix must be valid.
+bool IsZero(const Matrix& matrix, int64_t num_rows, int64_t num_columns);
 
 // The arguments must be valid (`Invalid`), the variant runnable.
 void RunMolora(const MoloraForward& forward, Variant variant, int64_t num_threads);

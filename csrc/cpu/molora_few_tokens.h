@@ -1,6 +1,9 @@
 // MOLoRA's forward for a few tokens, as when text is generated: rows of the parameters are read
-// where they lie, once for each token. Panels would cost more than the products.
+// where they lie, once for each token. Panels would cost more than the products. Rows of the linear
+// layer, where it is computed here too, are read once for all tokens, at what memory gives.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/molora_rank_space.h"
 #include "whole_numbers.h"
@@ -10,8 +13,23 @@ namespace {
 
 // Rows at once, for the latency of the additions.
 constexpr int64_t kDotRows = 4;
+// Rows of weight that meet up to four tokens together, by the registers that there are.
+#if defined(CITI_AVX512)
+constexpr int kWeightRows = 4;
+#else
+constexpr int kWeightRows = 2;
+#endif
 // Multiplications of a task: fewer are not worth a second thread.
 constexpr int64_t kDotsPerTask = int64_t{1} << 15;
+
+inline void Prefetch(const void* from) {
+#if defined(__GNUC__)
+  // into L2; no address faults
+  __builtin_prefetch(from, 0, 2);
+#else
+  static_cast<void>(from);
+#endif
+}
 
 // Sixteen numbers of a row, or the n that are left and zeros; rounded to X.
 template <class X, class Number>
@@ -45,6 +63,56 @@ CITI_NEVER_INLINE void DotRows(const Number* rows, int64_t row_stride, int64_t s
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) sums[i] = parts[i].Sum();
+}
+
+// parts[t][i] += the sixteen numbers of row i times those of token t, read by load(row or token).
+// The rows of the next tile are fetched meanwhile: CPUs do not foresee streams that end soon.
+template <class X, int kRows, int kTokens, class Load>
+CITI_ALWAYS_INLINE void AddProducts(const X* rows, int64_t row_stride, const X* tokens,
+                                    int64_t token_stride, const Load& load,
+                                    Floats (&parts)[kTokens][kRows]) {
+  Floats weights[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    weights[i] = load(rows + i * row_stride);
+    Prefetch(rows + (i + kRows) * row_stride);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) {
+    const Floats entries = load(tokens + t * token_stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) parts[t][i] = MultiplyAdd(weights[i], entries, parts[t][i]);
+  }
+}
+
+// sums[t * sums_stride + i] = <row i, token t>, each one chain of sixteen lanes: the same bits in
+// a tile of any size.
+template <class X, int kRows, int kTokens>
+CITI_NEVER_INLINE void MultiplyTile(const X* rows, int64_t row_stride, const X* tokens,
+                                    int64_t token_stride, int64_t n, float* sums,
+                                    int64_t sums_stride) {
+  Floats parts[kTokens][kRows];
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) parts[t][i] = Floats::Zero();
+  }
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) {
+    AddProducts(
+        rows + k, row_stride, tokens + k, token_stride,
+        [](const X* from) { return Floats::Load(from); }, parts);
+  }
+  if (k < n) {
+    AddProducts(
+        rows + k, row_stride, tokens + k, token_stride,
+        [=](const X* from) { return LoadTail<Floats>(from, n - k); }, parts);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) sums[t * sums_stride + i] = parts[t][i].Sum();
+  }
 }
 
 template <class X>
@@ -84,25 +152,68 @@ class ForwardOfFew {
   }
 
   int64_t NumExpandTasks() const {
-    return CeilDiv(sizes_.num_out, RowsPerTask(sizes_.stacked_rank));
+    return CeilDiv(sizes_.num_out, NumExpandRows());
   }
   void Expand(int64_t task) const {
-    constexpr int64_t kColumns = 256;
-    float sums[kColumns];
-    const int64_t end = Min((task + 1) * RowsPerTask(sizes_.stacked_rank), sizes_.num_out);
-    for (int64_t n = task * RowsPerTask(sizes_.stacked_rank); n < end; n += kColumns) {
+    float base[kFewTokens * kColumns], sums[kColumns];
+    const int64_t end = Min((task + 1) * NumExpandRows(), sizes_.num_out);
+    for (int64_t n = task * NumExpandRows(); n < end; n += kColumns) {
       const int64_t width = Min(kColumns, end - n);
+      if (HasWeight()) MultiplyWeight(n, width, base);
       for (int64_t t = 0; t < sizes_.num_tokens; ++t) {
         Dot(forward_.b, n, width, u_ + t * sizes_.stacked_rank, 1, sizes_.stacked_rank, sums);
         X* y = RowOf<X>(forward_.y, t) + n;
-        for (int64_t i = 0; i < width; ++i) {
-          y[i] = Rounded<X>(forward_.has_base ? ToFloat(y[i]) + sums[i] : sums[i]);
+        const auto store = [&](const auto& base_of) {
+          for (int64_t i = 0; i < width; ++i) y[i] = Rounded<X>(base_of(i) + sums[i]);
+        };
+        if (HasWeight()) {
+          store([&](int64_t i) { return base[t * kColumns + i]; });
+        } else if (forward_.has_base) {
+          store([&](int64_t i) { return ToFloat(y[i]); });
+        } else {
+          store([](int64_t) { return 0.0f; });
         }
       }
     }
   }
 
  private:
+  static constexpr int64_t kColumns = 256;
+
+  bool HasWeight() const { return forward_.weight.data != nullptr; }
+  int64_t NumExpandRows() const {
+    return RowsPerTask(sizes_.stacked_rank + (HasWeight() ? sizes_.num_in : 0));
+  }
+
+  // Columns first to first + width of weight x + bias, kColumns apart for each token.
+  void MultiplyWeight(int64_t first, int64_t width, float* base) const {
+    int64_t i = 0;
+    for (; i + kWeightRows <= width; i += kWeightRows) {
+      MultiplyRows<kWeightRows>(first + i, base + i);
+    }
+    for (; i < width; ++i) MultiplyRows<1>(first + i, base + i);
+    if (forward_.bias.data == nullptr) return;
+    const X* bias = static_cast<const X*>(forward_.bias.data) + first;
+    for (int64_t t = 0; t < sizes_.num_tokens; ++t) {
+      for (i = 0; i < width; ++i) base[t * kColumns + i] += ToFloat(bias[i]);
+    }
+  }
+  template <int kRows>
+  void MultiplyRows(int64_t first, float* base) const {
+    const int64_t row_stride = forward_.weight.row_stride, x_stride = forward_.x.row_stride;
+    const X* rows = static_cast<const X*>(forward_.weight.data) + first * row_stride;
+    const X* x = static_cast<const X*>(forward_.x.data);
+    int64_t t = 0;
+    const auto multiply = [&](auto num_tokens) {
+      MultiplyTile<X, kRows, num_tokens>(rows, row_stride, x + t * x_stride, x_stride,
+                                         sizes_.num_in, base + t * kColumns, kColumns);
+      t += num_tokens;
+    };
+    while (t + 4 <= sizes_.num_tokens) multiply(std::integral_constant<int, 4>());
+    if (t + 2 <= sizes_.num_tokens) multiply(std::integral_constant<int, 2>());
+    if (t < sizes_.num_tokens) multiply(std::integral_constant<int, 1>());
+  }
+
   int64_t RowsPerTask(int64_t num_columns) const {
     const int64_t num_dots = num_columns * sizes_.num_tokens;
     return RoundUp(CeilDiv(kDotsPerTask, num_dots > 0 ? num_dots : 1), kDotRows);

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from citi_kernels import compiled, environment, molora_linear, use_backend
 from citi_kernels.ops import molora_linear_native
 from citi_kernels.ops.molora_linear_contract import Settings
 from citi_kernels.tensor_memory import TensorMemory
-from citi_kernels.testing import check_molora_linear, evaluate, random_case
+from citi_kernels.testing import MoLoRACase, check_molora_linear, evaluate, random_case
 
 pytestmark = pytest.mark.skipif(
     compiled.why_missing("native") is not None, reason="the extension is not built"
@@ -50,7 +52,7 @@ def test_every_variant_of_this_cpu_holds_the_rule(dtype: torch.dtype) -> None:
 @each_dtype
 @pytest.mark.parametrize("num_tokens", [3, 150])
 def test_neither_threads_nor_repeats_change_a_bit(dtype: torch.dtype, num_tokens: int) -> None:
-    case = random_case(num_tokens, 320, 400, dtype=dtype, weight=False)
+    case = random_case(num_tokens, 320, 400, dtype=dtype, weight=num_tokens == 3)
     results = []
     for num_threads in (1, 2, 3, 2):
         torch.set_num_threads(num_threads)
@@ -65,7 +67,7 @@ def test_neither_threads_nor_repeats_change_a_bit(dtype: torch.dtype, num_tokens
 def test_without_a_gradient_nothing_is_kept_and_no_bit_changes(
     dtype: torch.dtype, num_tokens: int, dropout_p: float
 ) -> None:
-    case = random_case(num_tokens, 70, 50, dtype=dtype, weight=False)
+    case = random_case(num_tokens, 70, 50, dtype=dtype, weight=num_tokens == 3)
     options = case.options | {"dropout_p": dropout_p, "dropout_seed": SEED}
     case.a.requires_grad_()
     y, sums = molora_linear(*case.operands, **options)
@@ -77,6 +79,52 @@ def test_without_a_gradient_nothing_is_kept_and_no_bit_changes(
     assert torch.equal(alone, y)
     if num_tokens == 3 and dropout_p == 0:
         assert memory.allocations == [y.nbytes], "h, gates or a workspace"
+
+
+@each_dtype
+def test_few_tokens_read_weight_where_it_lies_once_b_is_not_zero(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library_calls = []
+
+    def linear(*operands: Tensor | None) -> Tensor:
+        library_calls.append(operands)
+        return F.linear(*operands)
+
+    monkeypatch.setattr(molora_linear_native, "F", SimpleNamespace(linear=linear, pad=F.pad))
+
+    def asks_the_library(case: MoLoRACase, **changed: Tensor | None) -> bool:
+        library_calls.clear()
+        check_molora_linear(molora_linear, replace(case, **changed))
+        return bool(library_calls)
+
+    few = random_case(compiled.extension().molora_few_tokens, 50, 37, dtype=dtype)
+    assert not asks_the_library(few)
+    assert not asks_the_library(few, bias=None)
+    rows_apart = torch.cat([few.weight, few.weight], 1)[:, :50]
+    assert not asks_the_library(few, weight=rows_apart)
+    assert asks_the_library(few, weight=few.weight.T.contiguous().T)
+    assert asks_the_library(few, bias=few.bias.repeat_interleave(2)[::2])
+    assert asks_the_library(few, b=torch.zeros_like(few.b))
+    last_alone = torch.zeros_like(few.b)
+    last_alone[-1, -1] = 1
+    assert not asks_the_library(few, b=last_alone)
+    dropout = random_case(3, 50, 37, dtype=dtype, dropout_p=0.3, dropout_seed=SEED)
+    assert asks_the_library(dropout)
+    assert asks_the_library(random_case(few.x.shape[0] + 1, 50, 37, dtype=dtype))
+
+
+@each_dtype
+def test_case_51_few_tokens_of_a_fresh_layer_are_the_linears_bitwise(dtype: torch.dtype) -> None:
+    case = random_case(1, 576, 192, dtype=dtype, num_segments=None)
+    options = case.options
+    for x in (case.x, case.x.expand(5, -1)):
+        base = F.linear(x, case.weight, case.bias)
+        operands = (x, case.weight, case.bias, case.a)
+        fresh, _ = molora_linear(*operands, torch.zeros_like(case.b), case.router, **options)
+        assert torch.equal(fresh, base)
+        trained, _ = molora_linear(*operands, case.b, case.router, **options)
+        assert not torch.equal(trained, base)
 
 
 @each_dtype

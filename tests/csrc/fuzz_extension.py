@@ -121,10 +121,10 @@ def _molora(
     K, N, _, R = _MOLORA_SIZES
     T, G = num_tokens, 3
     matrices = {"x": (T, K), "a": (R, K), "b": (N, R), "router": (G, K), "y": (T, N)}
-    matrices |= {"dy": (T, N), "dx": (T, K)}
+    matrices |= {"dy": (T, N), "dx": (T, K), "weight": (N, K)}
     sizes = {name: rows * columns for name, (rows, columns) in matrices.items()}
     sizes |= {"h": T * R, "probs": T * G, "dgate": T * G, "da": R * K, "db": N * R}
-    sizes |= {"drouter": G * K, "workspace": workspace}
+    sizes |= {"drouter": G * K, "bias": N, "workspace": workspace}
     memory = {name: _Guarded(sizes[name], torch.float32) for name in names.split() if sizes[name]}
     valid = {"shape": (T, *_MOLORA_SIZES), "scaling": 0.5, "has_base": True, "num_threads": 2}
     valid |= {"dropout": dropout} | dict.fromkeys(name for name in names.split())
@@ -137,14 +137,20 @@ def _molora(
 
 
 def molora_forward(
-    extension: ModuleType, dropout: tuple | None = None, num_tokens: int = _MANY
+    extension: ModuleType,
+    dropout: tuple | None = None,
+    num_tokens: int = _MANY,
+    has_weight: bool = False,
 ) -> _Target:
     shape = (num_tokens, *_MOLORA_SIZES)
     size = extension.molora_forward_workspace(shape, has_dropout=dropout is not None)
     names, outputs = "x a b router y h probs workspace", "y h probs workspace"
     code = extension.DTYPES["float32"]
     function = extension.molora_forward
-    return _molora(function, num_tokens, size, names, outputs, code, dropout)
+    names += " weight bias" if has_weight else ""
+    target = _molora(function, num_tokens, size, names, outputs, code, dropout)
+    target.valid.update({"has_base": False} if has_weight else {"weight": None, "bias": None})
+    return target
 
 
 def molora_backward(extension: ModuleType, dropout: tuple | None = None) -> _Target:
@@ -158,7 +164,8 @@ def molora_backward(extension: ModuleType, dropout: tuple | None = None) -> _Tar
 def main(num_calls: int, seed: int = 0) -> None:
     """Prints, for each function, how many calls were refused and how many were not."""
     extension, generator = compiled.extension(), random.Random(seed)
-    targets = [_row_dots(extension), molora_forward(extension, num_tokens=_FEW)]
+    few = (molora_forward(extension, num_tokens=_FEW, has_weight=each) for each in (False, True))
+    targets = [_row_dots(extension), *few]
     for dropout in (None, _DROPOUT):
         targets += [molora_forward(extension, dropout), molora_backward(extension, dropout)]
     for target in targets:

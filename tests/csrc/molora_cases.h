@@ -17,6 +17,7 @@ struct MoloraCase {
   Layout layout;
   bool has_base;
   std::optional<Dropout> dropout = std::nullopt;
+  bool has_weight = false;  // in place of a base
 
   std::string Name() const {
     std::string name = "T K N E R";
@@ -27,7 +28,7 @@ struct MoloraCase {
     return name + ", dtypes " + std::to_string(static_cast<int>(dtype)) + " " +
            std::to_string(static_cast<int>(parameter_dtype)) + ", layout " +
            std::to_string(static_cast<int>(layout)) + (has_base ? "" : ", no base") +
-           (dropout ? ", dropout" : "");
+           (dropout ? ", dropout" : "") + (has_weight ? ", weight" : "");
   }
 };
 
@@ -53,11 +54,14 @@ class MoloraProblem {
   explicit MoloraProblem(const MoloraCase& molora_case)
       : case_(molora_case),
         sizes_(molora_case.sizes),
-        x(Input(sizes_.num_tokens, sizes_.num_in, case_.dtype, 1)),
+        x(case_.has_weight ? InPlace(sizes_.num_tokens, sizes_.num_in, 1)
+                           : Input(sizes_.num_tokens, sizes_.num_in, case_.dtype, 1)),
         dy(Input(sizes_.num_tokens, sizes_.num_out, case_.dtype, 2)),
         a(Input(sizes_.stacked_rank, sizes_.num_in, case_.parameter_dtype, 3)),
         b(Input(sizes_.num_out, sizes_.stacked_rank, case_.parameter_dtype, 4)),
         router(Input(sizes_.num_gates(), sizes_.num_in, case_.parameter_dtype, 5)),
+        weight(InPlace(sizes_.num_out, sizes_.num_in, 9)),
+        bias(1, sizes_.num_out, case_.dtype, Layout::kDense, 10),
         y(InPlace(sizes_.num_tokens, sizes_.num_out, 6)),
         dx(InPlace(sizes_.num_tokens, sizes_.num_in, 7)),
         base(InPlace(sizes_.num_tokens, sizes_.num_out, 6)),
@@ -84,6 +88,8 @@ class MoloraProblem {
             router.AsMatrix(),
             y.AsMatrix(),
             case_.has_base,
+            case_.has_weight ? weight.AsMatrix() : Matrix{},
+            case_.has_weight ? bias.AsVector() : Vector{},
             h.AsVector(),
             probs.AsVector(),
             forward_workspace.AsVector()};
@@ -122,6 +128,12 @@ class MoloraProblem {
       }
       for (int64_t n = 0; n < sizes_.num_out; ++n) {
         if (case_.has_base) truth_y.Add(t, n, base.Get(t, n));
+        if (case_.has_weight) {
+          truth_y.Add(t, n, bias.Get(0, n));
+          for (int64_t k = 0; k < sizes_.num_in; ++k) {
+            truth_y.Add(t, n, weight.Get(n, k) * x.Get(t, k));
+          }
+        }
         for (int64_t r = 0; r < R(); ++r) {
           truth_y.Add(t, n, U(t, r) * b.Get(n, r));
           truth_db.Add(n, r, dy.Get(t, n) * U(t, r));
@@ -263,8 +275,8 @@ class MoloraProblem {
   MoloraSizes sizes_;
 
  public:
-  TestMatrix x, dy, a, b, router, y, dx, base, dx_base, h, probs, dgate, da, db, drouter;
-  TestMatrix forward_workspace, backward_workspace;
+  TestMatrix x, dy, a, b, router, weight, bias, y, dx, base, dx_base, h, probs, dgate;
+  TestMatrix da, db, drouter, forward_workspace, backward_workspace;
 };
 
 }  // namespace citi

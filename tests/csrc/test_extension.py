@@ -287,13 +287,17 @@ def test_misaligned_data_and_overlapping_workspace_are_refused(extension: Module
             extension.accumulate_row_dots(**_changed(arguments, output, 0, arguments[other][0]))
 
 
-@pytest.mark.parametrize("name", ["molora_forward", "molora_backward", "forward_of_few"])
+@pytest.mark.parametrize(
+    "name", ["molora_forward", "molora_backward", "forward_of_few", "with_weight"]
+)
 def test_molora_names_the_tensor_that_is_short_misaligned_or_of_another_dtype(
     extension: ModuleType, name: str
 ) -> None:
     if name == "forward_of_few":
         target = fuzz_extension.molora_forward(extension, num_tokens=6)
         assert "workspace" not in target.memory
+    elif name == "with_weight":
+        target = fuzz_extension.molora_forward(extension, num_tokens=6, has_weight=True)
     else:
         target = getattr(fuzz_extension, name)(extension)
     target.function(**target.valid)
@@ -320,7 +324,7 @@ def test_no_wrong_number_crashes_or_writes_elsewhere(extension: ModuleType) -> N
     result = python("import fuzz_extension; fuzz_extension.main(20000)")
     assert result.returncode == 0, f"{result.returncode}: {result.stderr[-2000:]}"
     counts = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
-    assert len(counts) == 6
+    assert len(counts) == 7
     for refused, accepted in counts:
         assert refused > 10000
         assert accepted > 100

@@ -1,5 +1,7 @@
 // MOLoRA on the CPU: values against naive loops; threads, layouts and repeats bit by bit.
 
+#include <cstring>
+
 #include "checks.h"
 #include "molora_cases.h"
 
@@ -52,6 +54,9 @@ void CheckValues() {
           const bool has_base = ++number % 3 != 0;
           CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, has_base}, variant);
           CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, has_base, kDropout}, variant);
+          if (sizes.num_tokens > kFewTokens) continue;
+          CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, false, std::nullopt, true},
+                    variant);
         }
       }
     }
@@ -185,6 +190,55 @@ void CheckWithoutSaved() {
   }
 }
 
+// With a weight a token alone has the bits that it has among others.
+void CheckTokensOfWeight() {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const Variant variant : RunnableVariants()) {
+      MoloraProblem all(
+          {{7, 50, 45, 2, 6}, dtype, dtype, Layout::kRowsApart, false, std::nullopt, true});
+      RunMolora(all.Forward(), variant, 1);
+      for (int64_t t = 0; t < 7; ++t) {
+        MoloraProblem one(
+            {{7, 50, 45, 2, 6}, dtype, dtype, Layout::kRowsApart, false, std::nullopt, true});
+        MoloraForward forward = one.Forward();
+        const auto skip_to_token = [&](Matrix* matrix) {
+          const int64_t num_bytes = t * matrix->row_stride * SizeOf(dtype);
+          matrix->data = static_cast<const char*>(matrix->data) + num_bytes;
+          matrix->num_bytes -= num_bytes;
+        };
+        forward.sizes.num_tokens = 1;
+        forward.h = {}, forward.probs = {};
+        skip_to_token(&forward.x), skip_to_token(&forward.y);
+        CHECK(Invalid(forward, forward.workspace.size) == "", "one token is refused");
+        RunMolora(forward, variant, 1);
+        for (int64_t n = 0; n < 45; ++n) {
+          CHECK(one.y.Get(t, n) == all.y.Get(t, n), "other bits of a token alone");
+        }
+      }
+    }
+  }
+}
+
+void CheckZeros() {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const Layout layout : kLayouts) {
+      const TestMatrix random(37, 21, dtype, layout, 11);
+      CHECK(!IsZero(random.AsMatrix(), 37, 21), "random numbers are 0");
+      CHECK(IsZero(random.AsMatrix(), 0, 21), "no row is not 0");
+      CHECK(IsZero(random.AsMatrix(), 37, 0), "no column is not 0");
+      for (const int64_t row : {0, 36}) {
+        TestMatrix zeros(37, 21, dtype, layout, 11);
+        for (int64_t i = 0; i < 37; ++i) {
+          for (int64_t j = 0; j < 21; ++j) std::memset(zeros.At(i, j), 0, SizeOf(dtype));
+        }
+        CHECK(IsZero(zeros.AsMatrix(), 37, 21), "zeros are not 0");
+        PutNan(dtype, zeros.At(row, 20));
+        CHECK(!IsZero(zeros.AsMatrix(), 37, 21), "NaN is 0");
+      }
+    }
+  }
+}
+
 void CheckRefusals() {
   MoloraProblem problem({{9, 6, 7, 2, 4}, DType::kBFloat16, DType::kFloat32, Layout::kDense, true});
   const int64_t num_forward = MoloraForwardWorkspace({9, 6, 7, 2, 4}, false);
@@ -209,6 +263,29 @@ void CheckRefusals() {
   refuses_forward("h: must have", [](auto* f) { f->h.size = 35; });
   refuses_forward("y: must not overlap x", [](auto* f) { f->x.data = f->y.data; });
   refuses_forward("workspace: must have", [](auto* f) { --f->workspace.size; });
+  MoloraProblem few({{2, 6, 7, 2, 4}, DType::kBFloat16, DType::kFloat32, Layout::kDense, false,
+                     std::nullopt, true});
+  const auto refuses_few = [&](const std::string& name, const auto& change) {
+    MoloraForward forward = few.Forward();
+    CHECK(Invalid(forward, forward.workspace.size) == "", "a weight is refused");
+    change(&forward);
+    const std::string message = Invalid(forward, forward.workspace.size);
+    CHECK(message.rfind(name, 0) == 0, "wanted " + name + ", got '" + message + "'");
+  };
+  refuses_few("weight: must be left out of many", [](auto* f) { f->dropout = kDropout; });
+  refuses_few("weight: must be left out where y", [](auto* f) { f->has_base = true; });
+  refuses_few("weight: dtype", [](auto* f) { f->weight.dtype = DType::kFloat32; });
+  refuses_few("weight: shape and strides", [](auto* f) { f->weight.row_stride = 7; });
+  refuses_few("weight: rows must be contiguous", [](auto* f) { f->weight.column_stride = 0; });
+  refuses_few("x: rows must be contiguous", [](auto* f) { f->x.column_stride = 0; });
+  refuses_few("bias: must be left out", [](auto* f) { f->weight = {}; });
+  refuses_few("bias: dtype", [](auto* f) { f->bias.dtype = DType::kFloat32; });
+  refuses_few("bias: must have", [](auto* f) { --f->bias.size; });
+  refuses_few("y: must not overlap weight", [](auto* f) { f->weight.data = f->y.data; });
+  Matrix up = problem.b.AsMatrix();
+  CHECK(InvalidUp({9, 6, 7, 2, 4}, up) == "", "b is refused");
+  --up.num_bytes;
+  CHECK(InvalidUp({9, 6, 7, 2, 4}, up).rfind("b: shape and strides", 0) == 0, "b is too short");
   const auto refuses_backward = [&](const std::string& name, const auto& change) {
     MoloraBackward backward = problem.Backward();
     change(&backward);
@@ -233,6 +310,8 @@ int main() {
   citi::CheckDropout();
   citi::CheckWithoutDy();
   citi::CheckWithoutSaved();
+  citi::CheckTokensOfWeight();
+  citi::CheckZeros();
   citi::CheckRefusals();
   return citi::Report();
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from citi.adapters import MoLoraConfig
 from citi.benchmark.group import DTYPES, Group, Pass, Settings
 from citi.benchmark.layer import FROZEN, NUM_EXPERTS, OURS, RANK, Shape, check_layer, trained_pass
-from citi.benchmark.models import SIZES, Size, twin_of
+from citi.benchmark.models import SIZES, Size, draw_updates, twin_of
 
 # whose layer, and how many tokens
 _MEASURED = {"cpu": ("llama-1b", 512), "cuda": ("llama-8b", 8192)}
@@ -102,9 +102,7 @@ def _make(name: str, num_tokens: int, dtype: torch.dtype, settings: Settings) ->
 
     def adapted(config: LoraConfig | MoLoraConfig, **options: bool) -> Pass:
         model = get_peft_model(twin_of(base), config, **options)
-        for parameter_name, each in model.named_parameters():
-            if "_B" in parameter_name:  # zeros are not what is trained
-                nn.init.normal_(each, std=RANK**-0.5)
+        draw_updates(model, std=RANK**-0.5)
         trained = [each for each in model.parameters() if each.requires_grad]
         return trained_pass(lambda: model(*inputs), inputs + trained, incoming)
 

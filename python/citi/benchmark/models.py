@@ -63,6 +63,14 @@ def twin_of(model: Model) -> Model:
     return copy.deepcopy(model, memo={id(each): each for each in model.parameters()})
 
 
+def draw_updates(model: Model, *, std: float) -> Model:
+    """Draw the up-projections of fresh LoRA and MOLoRA adapters, whose zeros are no trained ones."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=std)
+    return model
+
+
 def random_batch(
     name: str, shape: tuple[int, int], device: str, *, answers: float = 1.0
 ) -> dict[str, Tensor]:

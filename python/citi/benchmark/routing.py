@@ -91,7 +91,6 @@ def decode_suite(settings: Settings) -> Iterator[Group]:
                 | dict.fromkeys(ways, "citi_kernels.molora_linear, 4 experts of rank 8"),
                 tokens=num_tokens,
                 limits=dict.fromkeys(ways, (1.25, 1.10)) if is_on_gpu and num_tokens <= 16 else {},
-                is_cold=is_on_gpu,
             )
 
 

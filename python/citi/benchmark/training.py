@@ -20,6 +20,7 @@ from citi.benchmark.group import DTYPES, Group, Pass, Settings
 from citi.benchmark.layer import Shape, check_layer
 from citi.benchmark.models import (
     SIZES,
+    draw_updates,
     loss_of,
     loss_of_frozen,
     random_batch,
@@ -94,16 +95,16 @@ def generation_suite(settings: Settings) -> Iterator[Group]:
         settings={"model": name, "new tokens": _NEW_TOKENS[settings.device], "dtype": dtype},
         baseline=BASE,
         make=partial(_make_generation, name, dtype, settings),
-        check=partial(_check, name, dtype, settings.device),
+        check=partial(_check, name, dtype, settings.device, num_tokens=1),
         stands_for=_GENERATES,
         tokens=_NEW_TOKENS[settings.device],
         is_cold=False,
     )
 
 
-def _check(name: str, dtype: str, device: str) -> float:
+def _check(name: str, dtype: str, device: str, *, num_tokens: int = 32) -> float:
     hidden = SIZES[name].hidden
-    return check_layer(Shape(32, hidden, hidden), DTYPES[dtype], device, 4, 8)
+    return check_layer(Shape(num_tokens, hidden, hidden), DTYPES[dtype], device, 4, 8)
 
 
 def _make_steps(
@@ -203,6 +204,8 @@ def _make_generation(name: str, dtype: str, settings: Settings) -> dict[str, Pas
         "MOLoRA everywhere": lambda: molora_model(twin_of(base), 1.0),
         "CITI": lambda: molora_model(twin_of(base), _IMPORTANT),
     }
+    # of random weights, whose logits larger updates would only scatter
+    std = 0.01
     number = _NEW_TOKENS[device]
 
     @torch.no_grad()
@@ -216,6 +219,7 @@ def _make_generation(name: str, dtype: str, settings: Settings) -> dict[str, Pas
         )
 
     makers = {
-        row: lambda make=make: Pass(partial(generate, make())) for row, make in models.items()
+        row: lambda make=make: Pass(partial(generate, draw_updates(make(), std=std)))
+        for row, make in models.items()
     }
     return _asked_for(makers, settings, BASE)
