@@ -64,7 +64,7 @@ def twin_of(model: Model) -> Model:
 
 
 def draw_updates(model: Model, *, std: float) -> Model:
-    """Draw the up-projections of fresh LoRA and MOLoRA adapters, whose zeros are no trained ones."""
+    """Draw the up-projections of fresh LoRA and MOLoRA adapters: zeros are not what is trained."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=std)
