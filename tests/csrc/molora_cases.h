@@ -60,7 +60,7 @@ class MoloraProblem {
         a(Input(sizes_.stacked_rank, sizes_.num_in, case_.parameter_dtype, 3)),
         b(Input(sizes_.num_out, sizes_.stacked_rank, case_.parameter_dtype, 4)),
         router(Input(sizes_.num_gates(), sizes_.num_in, case_.parameter_dtype, 5)),
-        weight(InPlace(sizes_.num_out, sizes_.num_in, 9)),
+        weight(case_.has_weight ? InPlace(sizes_.num_out, sizes_.num_in, 9) : InPlace(1, 1, 9)),
         bias(1, sizes_.num_out, case_.dtype, Layout::kDense, 10),
         y(InPlace(sizes_.num_tokens, sizes_.num_out, 6)),
         dx(InPlace(sizes_.num_tokens, sizes_.num_in, 7)),

@@ -11,9 +11,8 @@ namespace {
 // T, K, N, E, R: blocks of tokens, chunks of features and tiles of lanes that end within.
 constexpr MoloraSizes kSizes[] = {{1, 1, 1, 1, 1},      {7, 19, 53, 3, 15},  {33, 230, 40, 4, 32},
                                   {70, 65, 310, 5, 35}, {129, 50, 49, 1, 2}, {5, 9, 11, 128, 128},
-                                  {34, 16, 48, 2, 64}, {1, 2000, 300, 4, 32},
-                                  {2, 47, 2300, 3, 33}, {3, 16, 31, 1, 5},
-                                  {8, 1030, 522, 2, 128}};
+                                  {34, 16, 48, 2, 64},  {1, 1000, 150, 4, 32}, {2, 47, 1100, 3, 33},
+                                  {3, 16, 31, 1, 5},    {8, 330, 290, 2, 128}};
 
 // A quarter is dropped.
 constexpr Dropout kDropout{0x12345678u, 0x9abcdefu, 0x40000000u, 4.0f / 3.0f};
@@ -31,6 +30,8 @@ void RunBoth(MoloraProblem* problem, Variant variant, int64_t num_threads) {
 void CheckCase(MoloraCase molora_case, Variant variant) {
   std::vector<double> expected;
   for (const Layout layout : kLayouts) {
+    // rows of a weight are contiguous
+    if (molora_case.has_weight && layout > Layout::kRowsApart) continue;
     molora_case.layout = layout;
     MoloraProblem problem(molora_case);
     RunBoth(&problem, variant, layout == Layout::kDense ? 1 : 3);
