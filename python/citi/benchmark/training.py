@@ -95,7 +95,7 @@ def generation_suite(settings: Settings) -> Iterator[Group]:
         settings={"model": name, "new tokens": _NEW_TOKENS[settings.device], "dtype": dtype},
         baseline=BASE,
         make=partial(_make_generation, name, dtype, settings),
-        check=partial(_check, name, dtype, settings.device, num_tokens=1),
+        check=partial(_check, name, dtype, settings.device, num_tokens=8),
         stands_for=_GENERATES,
         tokens=_NEW_TOKENS[settings.device],
         is_cold=False,
