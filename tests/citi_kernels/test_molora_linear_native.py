@@ -50,9 +50,11 @@ def test_every_variant_of_this_cpu_holds_the_rule(dtype: torch.dtype) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("num_tokens", [3, 150])
-def test_neither_threads_nor_repeats_change_a_bit(dtype: torch.dtype, num_tokens: int) -> None:
-    case = random_case(num_tokens, 320, 400, dtype=dtype, weight=num_tokens == 3)
+@pytest.mark.parametrize(("num_tokens", "weight"), [(3, False), (3, True), (150, False)])
+def test_neither_threads_nor_repeats_change_a_bit(
+    dtype: torch.dtype, num_tokens: int, weight: bool
+) -> None:
+    case = random_case(num_tokens, 320, 400, dtype=dtype, weight=weight)
     results = []
     for num_threads in (1, 2, 3, 2):
         torch.set_num_threads(num_threads)
@@ -62,12 +64,12 @@ def test_neither_threads_nor_repeats_change_a_bit(dtype: torch.dtype, num_tokens
 
 
 @each_dtype
-@pytest.mark.parametrize("num_tokens", [3, 40])
+@pytest.mark.parametrize(("num_tokens", "weight"), [(3, False), (3, True), (40, False)])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_without_a_gradient_nothing_is_kept_and_no_bit_changes(
-    dtype: torch.dtype, num_tokens: int, dropout_p: float
+    dtype: torch.dtype, num_tokens: int, weight: bool, dropout_p: float
 ) -> None:
-    case = random_case(num_tokens, 70, 50, dtype=dtype, weight=num_tokens == 3)
+    case = random_case(num_tokens, 70, 50, dtype=dtype, weight=weight)
     options = case.options | {"dropout_p": dropout_p, "dropout_seed": SEED}
     case.a.requires_grad_()
     y, sums = molora_linear(*case.operands, **options)
