@@ -69,8 +69,7 @@ def try_rates(
         rates: The candidate, one of `owner.rates`.
         assignment, folder, observer: As for `search_rates`.
     """
-    name = "_".join(f"{key.removesuffix('_rate')}{value:g}" for key, value in rates.items())
-    target = folder / owner.name / f"{name}.json"
+    target = candidate_file(folder, owner, rates)
     if not target.is_file():
         candidate = dataclasses.replace(
             assignment,
@@ -81,14 +80,26 @@ def try_rates(
             folder=target.with_suffix(""),
         )
         observer.line(f"search for {owner.title}: {dict(rates)}")
-        write_json(target, _try(candidate, observer))
+        write_candidate(folder, owner, _try(candidate, observer))
     shutil.rmtree(target.with_suffix(""), ignore_errors=True)
     return read_object(target, file_format=FORMAT, version=VERSION, types=_TYPES)
 
 
+def candidate_file(folder: Path, owner: RowConfig, rates: Mapping[str, float]) -> Path:
+    """Where a search keeps what it found of a candidate."""
+    name = "_".join(f"{key.removesuffix('_rate')}{value:g}" for key, value in rates.items())
+    return folder / owner.name / f"{name}.json"
+
+
+def write_candidate(folder: Path, owner: RowConfig, found: Mapping[str, object]) -> None:
+    """Keep what was found of a candidate: its rates, validation_nll and diverged."""
+    content = {"format": FORMAT, "version": VERSION} | {key: found[key] for key in _TYPES}
+    write_json(candidate_file(folder, owner, found["rates"]), content)
+
+
 def _try(candidate: Assignment, observer: RunObserver) -> Mapping[str, object]:
     """Train and measure one candidate; rates whose loss is not finite are out."""
-    found = {"format": FORMAT, "version": VERSION, "rates": dict(candidate.rates)}
+    found = {"rates": dict(candidate.rates)}
     try:
         trained = train_row(candidate, observer=observer)
     except NonFiniteLossError:

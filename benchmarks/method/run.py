@@ -11,24 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.method.data_sets import DataFolder, prepare_data
+from benchmarks.method.kept_results import difference, restore_search
 from benchmarks.method.leaks import check_leaks
 from benchmarks.method.measures import Measuring, measure_sets
 from benchmarks.method.parallel import ParallelError, run_parallel
 from benchmarks.method.rate_search import search_rates
 from benchmarks.method.repeatable import make_repeatable
 from benchmarks.method.row_config import ROWS, TRIALS, RowConfig, RowConfigError, load_row
-from benchmarks.method.row_result import RowResult
+from benchmarks.method.row_result import RowResult, load_results
 from benchmarks.method.scale import SCALES, Scale
 from benchmarks.method.train_row import Assignment, train_row
+from citi.base_model import resolve_dtype
 from citi.data import DataError
 from citi.durable import write_json
 from citi.environment_record import environment_record
 from citi.observer import RunObserver
+from citi.processes import this_process
 from citi.saved_json import SavedFileError, read_object
 from citi.trainer import TrainingError
 
-FORMAT, VERSION = "citi.method_comparison", 1
-_TYPES = {"scale": dict, "model": str, "sha256": dict}
+FORMAT, VERSION = "citi.method_comparison", 2
+_TYPES = {"scale": dict, "model": str, "dtype": str, "sha256": dict}
 
 
 class ComparisonError(ValueError):
@@ -53,7 +56,9 @@ class Comparison:
         scale: Sizes.
         model: Name or directory of the base.
         data: Prepared files, checked for leaks.
-        output: results/, search/, scores/, and work/ while rows are under way.
+        output: search/, scores/, answers/, and work/ while rows are under way.
+        results: Folder of the result files.
+        dtype: Of the base here; where the scale says "auto", machines differ.
         run_code: Whether generated code is run.
         keep_models: Whether work/ keeps what was trained.
         is_repeatable: Whether a GPU may use only what gives the same numbers again.
@@ -63,13 +68,11 @@ class Comparison:
     model: str
     data: DataFolder
     output: Path
+    results: Path
+    dtype: str
     run_code: bool = False
     keep_models: bool = False
     is_repeatable: bool = True
-
-    @property
-    def results(self) -> Path:
-        return self.output / "results"
 
     @property
     def answers(self) -> Path:
@@ -100,19 +103,28 @@ def open_comparison(
     scale: Scale,
     model: str,
     *,
+    results: Path | None = None,
     run_code: bool = False,
     keep_models: bool = False,
     is_repeatable: bool = True,
 ) -> Comparison:
-    """Prepare data, refuse leaks, and refuse an output folder that was begun otherwise.
+    """Prepare data, refuse leaks, and refuse folders that were begun otherwise.
 
+    Args:
+        source: Folder of the data sets.
+        output: Folder of everything made on the way.
+        scale, model, run_code, keep_models, is_repeatable: See `Comparison`.
+        results: Folder of the result files, which may hold some already, of this machine or of
+            another: their rows are done and their searches taken. None: `output`/results.
     Raises:
         DataError: A data file cannot be used.
         LeakError: Evaluation data in training or validation data.
-        ComparisonError: `output` belongs to another scale, model or data.
+        ComparisonError: A folder belongs to another scale, model, dtype or data.
+        SavedFileError: A result file, or what `output` was begun with, is damaged.
     """
     file = output / "comparison.json"
-    settings = {"scale": dataclasses.asdict(scale), "model": Path(model).name}
+    dtype = str(resolve_dtype(scale.dtype, this_process().device)).removeprefix("torch.")
+    settings = {"scale": dataclasses.asdict(scale), "model": Path(model).name, "dtype": dtype}
     if file.is_file():
         begun = read_object(file, file_format=FORMAT, version=VERSION, types=_TYPES)
         for key, value in settings.items():
@@ -126,8 +138,20 @@ def open_comparison(
     digests = data.record()["sha256"]
     if file.is_file() and begun["sha256"] != digests:
         raise ComparisonError(f"{output}: its data changed since it was begun; remove the folder")
+    results = results or output / "results"
+    comparison = Comparison(
+        scale, model, data, output, results, dtype, run_code, keep_models, is_repeatable
+    )
+    for kept in (each for each in load_results(results) if each.scale == scale.name):
+        what = difference(kept, comparison)
+        if what is not None:
+            raise ComparisonError(
+                f"{results / kept.file_name} has another {what}; give another --results, or remove "
+                "the file"
+            )
+        restore_search(kept, comparison.search)
     write_json(file, {"format": FORMAT, "version": VERSION, **settings, "sha256": digests})
-    return Comparison(scale, model, data, output, run_code, keep_models, is_repeatable)
+    return comparison
 
 
 def run_row(
@@ -168,6 +192,7 @@ def run_row(
         settings={
             "row": dataclasses.asdict(row) | {"rates": list(row.rates)},
             "scale": dataclasses.asdict(scale),
+            "dtype": comparison.dtype,
             "run_code": comparison.run_code,
         },
         rates=rates,
@@ -226,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 output,
                 scale,
                 options.model or _demo_model(),
+                results=options.results,
                 run_code=options.run_code,
                 keep_models=options.keep_models,
                 is_repeatable=not options.fast,
@@ -255,6 +281,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--output", type=Path, help="default: runs/method/SCALE")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="folder of result files; rows and searches found there are not run again "
+        "(default: OUTPUT/results)",
+    )
     parser.add_argument("--model", help="default: the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--run-code", action="store_true", help="run generated code, sandboxed")
     parser.add_argument("--keep-models", action="store_true", help="keep what was trained")

@@ -96,12 +96,15 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def open_tiny(folder: Path, output: Path, scale: Scale = TINY) -> Comparison:
+def open_tiny(
+    folder: Path, output: Path, scale: Scale = TINY, *, results: Path | None = None
+) -> Comparison:
     """A comparison whose sources and model lie in `folder`, made the first time."""
     if not (folder / "model").is_dir():
         write_sources(folder / "source")
         write_model(folder / "model")
-    return open_comparison(folder / "source", output, scale, str(folder / "model"))
+    model = str(folder / "model")
+    return open_comparison(folder / "source", output, scale, model, results=results)
 
 
 def first_rates(name: str) -> RowConfig:

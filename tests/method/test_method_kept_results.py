@@ -1,0 +1,119 @@
+"""Results of an earlier machine: rows and searches are taken, other settings are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from method_cases import TINY, first_rates, open_tiny, without_search
+
+from benchmarks.method import rate_search, run
+from benchmarks.method.kept_results import restore_search
+from benchmarks.method.rate_search import search_rates
+from benchmarks.method.row_config import load_row
+from benchmarks.method.row_result import RowResult
+from benchmarks.method.run import ComparisonError, run_row
+from citi.observer import RunObserver
+from citi.saved_json import SavedFileError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def lora(folder) -> RowResult:
+    """LoRA's row, trained with its first rates, with a search as if all had been tried."""
+    with without_search():
+        result = run_row(open_tiny(folder, folder / "first"), first_rates("lora"), 0)
+    rates = load_row("lora").rates
+    found = [
+        {"rates": each, "validation_nll": 3.0 - place / 10, "diverged": place == len(rates) - 1}
+        for place, each in enumerate(rates)
+    ]
+    return dataclasses.replace(result, search=found)
+
+
+@pytest.fixture
+def kept(lora, tmp_path: Path) -> Path:
+    lora.save(tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+def refuse_to_train(monkeypatch) -> None:
+    def train(*args, **kwargs):
+        raise AssertionError("trained")
+
+    for module in (run, rate_search):
+        monkeypatch.setattr(module, "train_row", train)
+
+
+def test_a_kept_row_is_not_run_again_and_another_seed_takes_its_search(
+    folder, lora, kept: Path, tmp_path: Path, monkeypatch
+) -> None:
+    comparison = open_tiny(folder, tmp_path / "new", results=kept)
+    refuse_to_train(monkeypatch)
+    assert run_row(comparison, load_row("lora"), 0) == lora
+    pattern = comparison.assignment(load_row("lora"), 1)
+    rates, tried = search_rates(
+        load_row("lora"), pattern, comparison.search, observer=RunObserver()
+    )
+    assert rates == load_row("lora").rates[-2], "the lowest NLL of those that did not diverge"
+    assert [{**each, "rates": dict(each["rates"])} for each in tried] == lora.search
+    with pytest.raises(AssertionError, match="trained"):
+        run_row(comparison, load_row("lora"), 1)
+
+
+def test_a_new_row_is_kept_beside_the_others(folder, lora, kept: Path, tmp_path: Path) -> None:
+    result = run_row(open_tiny(folder, tmp_path / "new", results=kept), load_row("vanilla"), 0)
+    assert {path.name for path in kept.iterdir()} == {lora.file_name, result.file_name}
+    assert not (tmp_path / "new" / "results").exists()
+
+
+def test_what_the_config_no_longer_tries_or_tries_otherwise_is_searched_again(
+    lora, tmp_path: Path
+) -> None:
+    other = {"rates": {"learning_rate": 0.5}, "validation_nll": 0.1, "diverged": False}
+    restore_search(dataclasses.replace(lora, search=[*lora.search[:1], other]), tmp_path / "one")
+    assert len(list((tmp_path / "one").rglob("*.json"))) == 1
+    row = lora.settings["row"] | {"data": "mix"}
+    changed = dataclasses.replace(lora, settings=lora.settings | {"row": row})
+    restore_search(changed, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_search_that_lies_there_stays(lora, tmp_path: Path) -> None:
+    restore_search(lora, tmp_path)
+    before = {path: path.read_text() for path in tmp_path.rglob("*.json")}
+    worse = [each | {"validation_nll": 9.0} for each in lora.search]
+    restore_search(dataclasses.replace(lora, search=worse), tmp_path)
+    assert {path: path.read_text() for path in tmp_path.rglob("*.json")} == before
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("scale", {"settings": {"scale": dataclasses.asdict(TINY) | {"steps": 8}}}),
+        ("dtype", {"settings": {"scale": dataclasses.asdict(TINY), "dtype": "bfloat16"}}),
+        ("dtype", {"settings": {"scale": dataclasses.asdict(TINY)}}),
+        ("model", {"model": "another"}),
+        ("data_sha256", {"data_sha256": {"train/api_bank": "0"}}),
+    ],
+)
+def test_results_of_another_comparison_are_refused_by_name(
+    folder, lora, tmp_path: Path, what: str, change: dict
+) -> None:
+    changed = dataclasses.replace(lora, **change)
+    changed.save(tmp_path / "kept")
+    with pytest.raises(ComparisonError, match=f"{lora.file_name} has another {what}"):
+        open_tiny(folder, tmp_path / "new", results=tmp_path / "kept")
+    assert not (tmp_path / "new" / "comparison.json").exists()
+
+
+def test_a_damaged_result_is_named(folder, kept: Path, tmp_path: Path) -> None:
+    file = next(kept.iterdir())
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(SavedFileError, match=file.name):
+        open_tiny(folder, tmp_path / "new", results=kept)
