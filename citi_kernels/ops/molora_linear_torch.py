@@ -36,10 +36,13 @@ from citi_kernels.ops import molora_linear_reference as definition
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
 from citi_kernels.ops.molora_linear_top_k import sum_dtype_of
 
+# up to so many tokens b is read as it lies, by dtype; others: one
+_FEW_TOKENS = {torch.float32: 4}
+
 
 def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tensor | None]:
     """y (T, N), what the backward needs, and the gate sums (B, G) or None."""
-    operands = _prepare(operands, operands.x.dtype)
+    operands = _prepare(operands, operands.x.dtype, operands.x.shape[0])
     y_TN = None
     if operands.weight is not None:
         y_TN = F.linear(operands.x, operands.weight, operands.bias)
@@ -81,7 +84,7 @@ def backward(
     dy is None where y took no part in the loss: weight, bias, a and b are then not needed.
     operands.x is None where no gradient needs it; operands.bias always is.
     """
-    operands = _prepare(operands, saved.h.dtype)
+    operands = _prepare(operands, saved.h.dtype, saved.h.shape[1])
     if dy_TN is not None:
         dy_TN = dy_TN.contiguous()
     run = _sparse_gradients if settings.is_sparse else _dense_gradients
@@ -259,17 +262,21 @@ def _base_gradient(dy_TN: Tensor | None, operands: Operands) -> Tensor | None:
     return dy_TN @ operands.weight
 
 
-def _prepare(operands: Operands, dtype: torch.dtype) -> Operands:
-    """Everything but weight contiguous, a, b and router rounded to `dtype`; b is transposed.
+def _prepare(operands: Operands, dtype: torch.dtype, num_tokens: int) -> Operands:
+    """Everything but weight contiguous, a, b and router rounded to `dtype`.
 
-    One layout whatever the caller's, so that results do not depend on it. weight alone is read as
-    it lies: a copy would cost as much as the memory it saves.
+    One layout whatever the caller's, so that results do not depend on it: of b the transpose, but
+    for few tokens, where that takes longer than the products. weight alone is read as it lies: a
+    copy would cost as much as the memory it saves.
     """
-    b_RN = operands.b.T.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    if num_tokens > _FEW_TOKENS.get(dtype, 1):
+        b_NR = operands.b.T.to(dtype, memory_format=torch.contiguous_format).contiguous().T
+    else:
+        b_NR = operands.b.to(dtype, memory_format=torch.contiguous_format).contiguous()
     return operands._replace(
         x=None if operands.x is None else operands.x.contiguous(),
         a=operands.a.to(dtype).contiguous(),
-        b=b_RN.T,
+        b=b_NR,
         router=operands.router.to(dtype).contiguous(),
     )
 

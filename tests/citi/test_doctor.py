@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
+from citi import processes
 from citi.command_line import app
 from citi.command_line import doctor as doctor_module
 from citi_kernels import backends, compiled
@@ -41,6 +44,23 @@ def test_it_shows_versions_the_machine_and_the_backend_of_each_op() -> None:
 def test_it_says_what_was_compiled_and_which_of_it_runs() -> None:
     words = " ".join(doctor().stdout.split())
     assert f"citi_kernels._C {compiled.description()}" in words
+
+
+@pytest.mark.parametrize(
+    ("features", "words"),
+    [
+        ({"avx2": True}, "dtype auto fp32; bf16 only where hardware multiplies it"),
+        ({"avx2": True, "avx512_bf16": True}, "dtype auto bf16 "),
+        ({"amx_bf16": True}, "dtype auto bf16 "),
+    ],
+)
+def test_it_says_which_dtype_auto_takes_on_this_cpu(
+    monkeypatch: pytest.MonkeyPatch, features: dict[str, bool], words: str
+) -> None:
+    on_cpu = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(processes, "this_process", lambda: on_cpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert words in " ".join(doctor().stdout.split())
 
 
 def test_without_the_extension_it_says_so_and_nothing_is_broken(

@@ -124,6 +124,7 @@ def _show_machine(console: Console) -> None:
     features = _cpu_features()
     _add_row(table, "CPU", f"{os.cpu_count()} cores, {', '.join(features) or 'features unknown'}")
     _add_row(table, "torch threads", str(torch.get_num_threads()))
+    _add_row(table, "dtype auto", _automatic_dtype())
     _add_row(table, "citi_kernels._C", compiled.description())
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -157,6 +158,19 @@ def _driver() -> str:
     file = Path("/proc/driver/nvidia/version")
     found = re.search(r"Module\s+.*?(\d+\.\d+[\d.]*)", file.read_text()) if file.is_file() else None
     return found.group(1) if found else "unknown"
+
+
+def _automatic_dtype() -> str:
+    """What the recipe's dtype: auto takes here, and why not bf16."""
+    from citi.base_model import DTYPES, resolve_dtype
+    from citi.processes import this_process
+
+    device = this_process().device
+    taken = resolve_dtype("auto", device)
+    name = next(name for name, dtype in DTYPES.items() if dtype == taken)
+    if name == "bf16":
+        return name
+    return f"{name}; bf16 only where hardware multiplies it, it would be far slower here"
 
 
 def _show_backends(console: Console) -> None:
