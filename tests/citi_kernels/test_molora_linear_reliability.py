@@ -126,13 +126,16 @@ def sliced(tensor: Tensor) -> Tensor:
 @each_option
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("layout", [transposed, sliced])
+@pytest.mark.parametrize("num_tokens", [1, 3, 21])
 def test_case_10_strided_operands_and_gradients_equal_contiguous_ones(
-    layout: Callable[[Tensor], Tensor], dtype: torch.dtype, options: dict
+    num_tokens: int, layout: Callable[[Tensor], Tensor], dtype: torch.dtype, options: dict
 ) -> None:
-    case = random_case(21, 40, 24, dtype=dtype, parameter_dtype=torch.float32, **options)
+    case = random_case(num_tokens, 40, 24, dtype=dtype, parameter_dtype=torch.float32, **options)
     names = ("x", "a", "b", "router", "dy", "dgate_sums")
     strided = replace(case, **{name: layout(getattr(case, name)) for name in names})
-    assert not any(getattr(strided, name).is_contiguous() for name in names)
+    # a single row that is transposed stays contiguous
+    of_tokens = {"x", "dy"} if num_tokens == 1 and layout is transposed else set()
+    assert {name for name in names if getattr(strided, name).is_contiguous()} == of_tokens
     assert_same(evaluate(molora_linear, strided), evaluate(molora_linear, case))
 
 
