@@ -8,26 +8,27 @@ rates, go on anywhere.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from benchmarks.method.rate_search import candidate_file, write_candidate
 from benchmarks.method.row_config import RowConfig, load_row
 from benchmarks.method.row_result import RowResult
 
-if TYPE_CHECKING:
-    from benchmarks.method.run import Comparison
-
 _DOES_NOT_TRAIN = ("title", "description", "rates", "seeds")
 
 
-def difference(result: RowResult, comparison: Comparison) -> str | None:
-    """What keeps a result from standing beside those of a comparison; None: nothing."""
+def difference(result: RowResult, shared: Mapping[str, object]) -> str | None:
+    """What keeps a result from standing beside those of a comparison; None: nothing.
+
+    Args:
+        shared: What the comparison's rows share, as its comparison.json has it.
+    """
     pairs = {
-        "scale": (result.settings.get("scale"), dataclasses.asdict(comparison.scale)),
-        "dtype": (result.settings.get("dtype"), comparison.dtype),
-        "model": (result.model, Path(comparison.model).name),
-        "data_sha256": (result.data_sha256, comparison.data.record()["sha256"]),
+        "scale": (result.settings.get("scale"), shared["scale"]),
+        "dtype": (result.settings.get("dtype"), shared["dtype"]),
+        "model": (result.model, shared["model"]),
+        "data_sha256": (result.data_sha256, shared["sha256"]),
     }
     return next((key for key, (kept, wanted) in pairs.items() if kept != wanted), None)
 

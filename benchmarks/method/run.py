@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,20 +138,35 @@ def open_comparison(
     digests = data.record()["sha256"]
     if file.is_file() and begun["sha256"] != digests:
         raise ComparisonError(f"{output}: its data changed since it was begun; remove the folder")
-    results = results or output / "results"
     comparison = Comparison(
-        scale, model, data, output, results, dtype, run_code, keep_models, is_repeatable
+        scale,
+        model,
+        data,
+        output,
+        results or output / "results",
+        dtype,
+        run_code,
+        keep_models,
+        is_repeatable,
     )
-    for kept in (each for each in load_results(results) if each.scale == scale.name):
-        what = difference(kept, comparison)
+    shared = settings | {"sha256": digests}
+    _take_results(comparison, shared)
+    write_json(file, {"format": FORMAT, "version": VERSION, **shared})
+    return comparison
+
+
+def _take_results(comparison: Comparison, shared: Mapping[str, object]) -> None:
+    """The searches of what lies in the results' folder; refuses results of another comparison."""
+    for kept in load_results(comparison.results):
+        if kept.scale != comparison.scale.name:
+            continue
+        what = difference(kept, shared)
         if what is not None:
             raise ComparisonError(
-                f"{results / kept.file_name} has another {what}; give another --results, or remove "
-                "the file"
+                f"{comparison.results / kept.file_name} has another {what}; give another "
+                "--results, or remove the file"
             )
         restore_search(kept, comparison.search)
-    write_json(file, {"format": FORMAT, "version": VERSION, **settings, "sha256": digests})
-    return comparison
 
 
 def run_row(

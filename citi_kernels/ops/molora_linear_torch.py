@@ -272,7 +272,7 @@ def _prepare(operands: Operands, dtype: torch.dtype, num_tokens: int) -> Operand
     if num_tokens > _FEW_TOKENS.get(dtype, 1):
         b_NR = operands.b.T.to(dtype, memory_format=torch.contiguous_format).contiguous().T
     else:
-        b_NR = operands.b.to(dtype, memory_format=torch.contiguous_format).contiguous()
+        b_NR = operands.b.to(dtype).contiguous()
     return operands._replace(
         x=None if operands.x is None else operands.x.contiguous(),
         a=operands.a.to(dtype).contiguous(),
