@@ -1,7 +1,9 @@
 """Device code that the kernels share.
 
 The interpreter (TRITON_INTERPRET=1) gets bf16 arithmetic wrong and cuts instead of rounding to
-bf16, so there `dot` goes through fp32, where products of bf16 are exact, and `cast` rounds by hand.
+bf16, so there `cast` rounds by hand. Its products are NumPy's, whose sum of a row in fp32 depends
+on where the row lies in its tile (OpenBLAS with AVX2), as no GPU's does: there `dot` sums a tile
+in fp64.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ INTERPRETS = tl.constexpr(environment.INTERPRETS)
 def dot(left, right, acc):
     """acc + left @ right: fp32 accumulation, no TF32."""
     if INTERPRETS:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), acc, input_precision="ieee")
+        product = tl.dot(left.to(tl.float64), right.to(tl.float64), out_dtype=tl.float64)
+        return acc + product.to(tl.float32)
     return tl.dot(left, right, acc, input_precision="ieee")
 
 
