@@ -105,7 +105,7 @@ def choose(op: str, x: Tensor, *, first: str | None = None) -> str:
     Raises:
         RuntimeError: the one asked for cannot run here, or not on `x`; the message says why.
     """
-    wanted = _chosen if _chosen is not None else environment.BACKEND
+    wanted = asked_for()
     if wanted is None:
         for name in FASTEST_FIRST if first is None else (first, *FASTEST_FIRST):
             if name == "triton" and environment.INTERPRETS:
@@ -117,6 +117,11 @@ def choose(op: str, x: Tensor, *, first: str | None = None) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {wanted!r} cannot run citi::{op}: {reason}")
     return wanted
+
+
+def asked_for() -> str | None:
+    """The backend that `use_backend` or CITI_BACKEND names, if any."""
+    return _chosen if _chosen is not None else environment.BACKEND
 
 
 def explain(op: str) -> list[Explanation]:

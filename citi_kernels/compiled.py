@@ -76,6 +76,11 @@ def indices(tensor: Tensor | None) -> tuple[int, int, int] | None:
     return tensor.data_ptr(), num_bytes, tensor.numel()
 
 
+def dtype_code(dtype: torch.dtype) -> int:
+    """What `_C` calls a dtype."""
+    return _codes()[dtype]
+
+
 def launch_place(tensor: Tensor) -> dict[str, int]:
     """Where a CUDA kernel of `_C` on this tensor runs: its device, on PyTorch's current stream."""
     device = tensor.device.index
@@ -99,7 +104,7 @@ def _place(tensor: Tensor) -> tuple[int, int, int]:
     assert not tensor.is_neg()  # the memory would hold the negated values
     size = tensor.element_size()
     num_bytes = tensor.untyped_storage().nbytes() - tensor.storage_offset() * size
-    return tensor.data_ptr(), num_bytes, _codes()[tensor.dtype]
+    return tensor.data_ptr(), num_bytes, dtype_code(tensor.dtype)
 
 
 @functools.cache

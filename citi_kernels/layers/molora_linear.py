@@ -243,13 +243,13 @@ def apply_molora(
     Returns:
         (..., N) output, or the update alone where `weight` is None.
     """
-    options = _options(x, settings, training)
+    context = RoutingContext.active()
+    options = _options(x, settings, training, context)
     if settings.drops(training) and dropout_seed is None:
         dropout_seed = draw_seed()
     y, gate_sums = molora_linear(
         x, weight, bias, a, b, router, **options, dropout_seed=dropout_seed
     )
-    context = RoutingContext.active()
     if context is not None:
         context.record(key, gate_sums)
     return y
@@ -277,23 +277,26 @@ def apply_molora_group(
     Returns:
         each layer's output, and its gate sums for the active routing context (None outside one).
     """
-    options = _options(x, settings, training)
+    options = _options(x, settings, training, RoutingContext.active())
     return molora_linear_group(
         x, weights, biases, a, b, routers, **options, dropout_seeds=dropout_seeds
     )
 
 
-def _options(x: Tensor, settings: MoLoRASettings, training: bool) -> dict[str, Any]:
-    context = RoutingContext.active()
-    return {
+def _options(
+    x: Tensor, settings: MoLoRASettings, training: bool, context: RoutingContext | None
+) -> dict[str, Any]:
+    options = {
         "num_experts": settings.num_experts,
         "scaling": settings.scaling,
         "top_k": settings.top_k,
         "renormalize": settings.renormalize,
-        "segment_ids": None if context is None else context.segment_ids_for(x, training=training),
-        "num_segments": None if context is None else context.num_segments,
         "dropout_p": settings.dropout if settings.drops(training) else 0.0,
     }
+    if context is not None:
+        options["segment_ids"] = context.segment_ids_for(x, training=training)
+        options["num_segments"] = context.num_segments
+    return options
 
 
 def adapter_shapes(

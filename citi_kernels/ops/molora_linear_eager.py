@@ -39,7 +39,7 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or tensors[0].device.type == "meta"
+        or tensors[0].is_meta
     ):
         return False
     # a loop: a generator would cost as much again as what it asks

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from citi_kernels import backends
+from citi_kernels import backends, environment
 from citi_kernels.ops import molora_linear_cuda
 from citi_kernels.ops.autocast import as_autocast, autocast_is_on
 from citi_kernels.ops.molora_linear import molora_linear
@@ -126,6 +126,8 @@ def runs_together(
     Raises:
         RuntimeError: the backend asked for cannot run here.
     """
+    if x.device.type == "cpu" and not environment.INTERPRETS:
+        return False  # Triton's backend alone takes several layers
     if x.dtype not in FLOATING or x.dim() == 0:
         return False  # the first layer says what is wrong
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype

@@ -34,9 +34,10 @@ from citi_kernels.ops import molora_linear_torch
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
 
 MAX_STACKED_RANK = 128
-_DTYPES = (torch.float32, torch.bfloat16)
-# of the machine; asked once, where dynamo does not look
+DTYPES = (torch.float32, torch.bfloat16)
+# of the machine and `_C`; asked once, where dynamo does not look
 _WHY_SLOW = compiled.why_slow()
+MAX_FEW_TOKENS = 0 if compiled.why_missing("native") else compiled.extension().molora_few_tokens
 
 
 def refuses(x: Tensor) -> str | None:
@@ -46,7 +47,7 @@ def refuses(x: Tensor) -> str | None:
 
 def path(stacked_rank: int, dtype: torch.dtype, settings: Settings) -> str:
     """Which of "fused" and "library", for x of `dtype`."""
-    is_taken = dtype in _DTYPES and stacked_rank <= MAX_STACKED_RANK
+    is_taken = dtype in DTYPES and stacked_rank <= MAX_STACKED_RANK
     return "fused" if is_taken and not settings.is_sparse else "library"
 
 
@@ -81,12 +82,13 @@ def _run_forward(
     # names of ours keep these alive during the call
     a_RK, b_NR, router_GK = _readable(a_RK, b_NR, router_GK, dtype=x_TK.dtype)
     extension, matrix = compiled.extension(), compiled.matrix
-    shape = _shape(x_TK.shape[0], a_RK, b_NR, settings)
+    shape = shape_of(x_TK.shape[0], a_RK, b_NR, settings)
     dropout = definition.dropout_numbers(settings.dropout_p, settings.dropout_seed)
     b_numbers = matrix(b_NR)
     is_read_here = (
         weight_NK is not None
-        and _can_be_read(x_TK, weight_NK, bias_N, dropout)
+        and dropout is None
+        and can_be_read(x_TK, weight_NK, bias_N)
         and extension.molora_has_update(shape=shape, b=b_numbers)
     )
     has_base = weight_NK is not None and not is_read_here
@@ -116,13 +118,10 @@ def _run_forward(
     return y_TN
 
 
-def _can_be_read(
-    x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dropout: object | None
-) -> bool:
+def can_be_read(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
     """Whether the tokens are few, and the rows of weight, of which there is one, contiguous."""
     return (
-        x_TK.shape[0] <= compiled.extension().molora_few_tokens
-        and dropout is None
+        x_TK.shape[0] <= MAX_FEW_TOKENS
         and weight_NK.stride(1) == 1
         and weight_NK.numel() > 0
         and x_TK.numel() > 0
@@ -171,7 +170,7 @@ def backward(
         # the padded row of zeros is the last, where an index of -1 points
         dgate_TG = F.pad(dgate_sums_BG, (0, 0, 0, 1))[settings.segment_ids]
     a_RK, b_NR, router_GK = _readable(a_RK, b_NR, router_GK, dtype=dtype)
-    extension, shape = compiled.extension(), _shape(saved.h.shape[0], a_RK, b_NR, settings)
+    extension, shape = compiled.extension(), shape_of(saved.h.shape[0], a_RK, b_NR, settings)
     workspace = saved.probs.new_empty(extension.molora_backward_workspace(shape))
     needs_x = needs.a or needs.router
     extension.molora_backward(
@@ -213,16 +212,16 @@ def _empty_probs(x_TK: Tensor, settings: Settings) -> Tensor:
     return x_TK.new_empty(x_TK.shape[0], settings.num_experts + 1, dtype=torch.float32)
 
 
-def _shape(num_tokens: int, a_RK: Tensor, b_NR: Tensor, settings: Settings) -> tuple[int, ...]:
+def shape_of(num_tokens: int, a_RK: Tensor, b_NR: Tensor, settings: Settings) -> tuple[int, ...]:
     stacked_rank, num_in = a_RK.shape
     return num_tokens, num_in, b_NR.shape[0], settings.num_experts, stacked_rank
 
 
 def _readable(*parameters: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """As the kernels take them: fp32 and bf16 are rounded there, other dtypes here."""
-    return [each if each.dtype in _DTYPES else each.to(dtype) for each in parameters]
+    return [each if each.dtype in DTYPES else each.to(dtype) for each in parameters]
 
 
 def _gradient_of(parameter: Tensor) -> Tensor:
-    dtype = parameter.dtype if parameter.dtype in _DTYPES else torch.float32
+    dtype = parameter.dtype if parameter.dtype in DTYPES else torch.float32
     return parameter.new_empty(parameter.shape, dtype=dtype)

@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from citi.adapters import without_adapters
+from citi.adapters.original_modules import has_adapters
 from citi.evaluation.inference import evaluation_mode
 
 IGNORED_LABEL = -100
@@ -108,8 +107,7 @@ def as_base(model: nn.Module) -> Iterator[None]:
 
 def refuse_without_adapters(model: nn.Module) -> None:
     """Raise ValueError unless the model has adapters that can be taken out."""
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    if not any(isinstance(module, kinds) for module in model.modules()):
+    if not has_adapters(model):
         raise ValueError(
             "base_kl_weight wants a PEFT model, whose base is the model without its adapters; got "
             f"{type(model).__name__} without adapters, which would be compared with itself. Set "

@@ -8,7 +8,8 @@ from peft.utils import register_peft_method
 from citi.adapters.adapter_file import AdapterError
 from citi.adapters.config import METHOD, MOLORA, MoLoraConfig
 from citi.adapters.layer import MoLoraLayer, MoLoraLinear
-from citi.adapters.model import MoLoraModel, load_adapter, routing_names, without_adapters
+from citi.adapters.model import MoLoraModel, load_adapter, routing_names
+from citi.adapters.original_modules import without_adapters
 
 __all__ = [
     "AdapterError",

@@ -162,8 +162,8 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
         return self._fused(active[0]) if is_one_op and self._is_one_op(active) else None
 
     def _active_names(self) -> list[str]:
-        adapters = self.molora_A
-        return [name for name in self.active_adapters if name in adapters]
+        known = self.molora_settings
+        return [name for name in self.active_adapters if name in known]
 
     def _is_one_op(self, active: list[str]) -> bool:
         """Where the base layer is plain; another class is what FSDP makes of a layer."""
@@ -188,9 +188,9 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
             layer=self,
             weight=weight,
             bias=bias,
-            a=self.molora_A[name],
-            b=self.molora_B[name],
-            router=self.molora_router[name],
+            a=_tensor_of(self.molora_A, name),
+            b=_tensor_of(self.molora_B, name),
+            router=_tensor_of(self.molora_router, name),
             settings=self.molora_settings[name],
             key=key,
             training=self.training,
@@ -201,6 +201,12 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
 
     def __repr__(self) -> str:
         return "molora." + super().__repr__()
+
+
+def _tensor_of(adapters: nn.ParameterDict, name: str) -> Tensor:
+    """adapters[name], in a third of the time, which counts where text is generated."""
+    tensor = adapters._parameters.get(name)
+    return adapters[name] if tensor is None else tensor
 
 
 def is_plain(base: nn.Module) -> bool:

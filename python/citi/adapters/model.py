@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from citi.adapters.adapter_file import AdapterError, Shapes, compare_shapes
 from citi.adapters.config import MoLoraConfig
 from citi.adapters.layer import MERGE_REFUSED, MoLoraLayer, MoLoraLinear, feature_sizes
+from citi.adapters.original_modules import original_of, without_adapters, wrappers_of
 from citi.adapters.shared_input import forget_results
 from citi_kernels.layers.molora_linear import adapter_shapes
 
@@ -123,8 +124,8 @@ class MoLoraModel(BaseTuner):
         The trained copies of `modules_to_save` are dropped too (PEFT's own unload would leave them
         in the base model).
         """
-        for parent, name, wrapper in _wrappers(self.model):
-            setattr(parent, name, _original(wrapper))
+        for parent, name, wrapper in wrappers_of(self.model):
+            setattr(parent, name, original_of(wrapper))
         self.model.__dict__.pop("peft_config", None)
         return self.model
 
@@ -190,26 +191,6 @@ def routing_names(model: nn.Module) -> dict[Hashable, str]:
     return names
 
 
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with its original modules under their original names, while the block lasts.
-
-    Every adapted layer and every `modules_to_save` wrapper is taken out and put back.
-    """
-    wrappers = _wrappers(model)
-    # peft_config marks the model as adapted, for transformers and for find_components.
-    mark = model.__dict__.pop("peft_config", None)
-    try:
-        for parent, name, wrapper in wrappers:
-            setattr(parent, name, _original(wrapper))
-        yield model
-    finally:
-        if mark is not None:
-            model.__dict__["peft_config"] = mark
-        for parent, name, wrapper in wrappers:
-            setattr(parent, name, wrapper)
-
-
 def _introduce(layer: MoLoraLinear, parent: nn.Module) -> None:
     """Makes a new layer one of the siblings among its parent's children."""
     for child in parent.children():
@@ -217,24 +198,6 @@ def _introduce(layer: MoLoraLinear, parent: nn.Module) -> None:
             layer.siblings = child.siblings
             layer.siblings.observe_anew()
             return
-
-
-def _wrappers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """(parent, name, wrapper) of every PEFT module that stands for one of the model's own."""
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [
-        (parent, name, child)
-        for parent in model.modules()
-        if not isinstance(parent, kinds)
-        for name, child in parent.named_children()
-        if isinstance(child, kinds)
-    ]
-
-
-def _original(wrapper: nn.Module) -> nn.Module:
-    if isinstance(wrapper, AuxiliaryTrainingWrapper):
-        return wrapper.original_module
-    return wrapper.get_base_layer()
 
 
 def _refuse_second_injection(model: nn.Module, adapter_name: str) -> None:
