@@ -51,7 +51,8 @@ class RowConfig:
         stages: Name of a stage → its share of the steps, relative to the others.
         components: Of method lora: "all-linear", or "important" ones of CITI's plan.
         overrides: Recipe keys that differ from the other rows'.
-        rates: Candidates of the search for learning rates.
+        rates: Candidates of the search for learning rates; where the best lies at their edge,
+            the next rate is to be tried too.
         rates_of: The row whose search is taken, instead of `rates`.
         seeds: How many seeds; 0, 1, 2, …
     """

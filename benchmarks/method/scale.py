@@ -33,7 +33,8 @@ class Scale:
         save_steps: Optimizer steps between checkpoints.
         r: Rank of an expert, and of plain LoRA.
         lora_alpha: CITI's; plain LoRA takes 2 r.
-        dtype: Of the frozen base.
+        dtype: Of the frozen base. A CPU's is fp32: "auto" would take what its hardware multiplies
+            fast, so that rows of two machines would not stand beside each other.
     """
 
     name: str
@@ -81,6 +82,7 @@ CPU = Scale(
     max_new_tokens=64,
     eval_batch_size=16,
     save_steps=8,
+    dtype="fp32",
 )
 GPU = Scale(
     name="gpu",

@@ -10,6 +10,7 @@ import torch
 from method_cases import open_tiny
 
 from benchmarks.method.parallel import ParallelError, Piece, pieces_of, run_parallel
+from benchmarks.method.rate_search import candidate_file
 from benchmarks.method.row_config import ROWS, load_row
 from benchmarks.method.row_result import RowResult
 from benchmarks.method.run import run_rows
@@ -73,12 +74,14 @@ def test_side_by_side_gives_what_one_after_the_other_gives(tmp_path: Path) -> No
 
 def test_a_piece_that_fails_is_named_and_the_others_are_done(tmp_path: Path) -> None:
     comparison = open_tiny(tmp_path, tmp_path / "out")
-    damaged = comparison.search / "lora" / "learning0.0003.json"
+    lora = load_row("lora")
+    damaged = candidate_file(comparison.search, lora, lora.rates[0])
     damaged.parent.mkdir(parents=True)
     damaged.write_text("{")
-    failed = r"1 of 6 failed: rates lora 0: SavedFileError.*; 1 more need them"
+    pieces = len(lora.rates) + 2
+    failed = rf"1 of {pieces} failed: rates lora 0: SavedFileError.*; 1 more need them"
     with pytest.raises(ParallelError, match=failed):
         run_parallel(comparison, NAMES, jobs=2, num_seeds=1)
     assert comparison.result_file(load_row("vanilla"), 0).is_file()
-    assert not comparison.result_file(load_row("lora"), 0).is_file()
-    assert len(list(damaged.parent.glob("*.json"))) == len(load_row("lora").rates)
+    assert not comparison.result_file(lora, 0).is_file()
+    assert len(list(damaged.parent.glob("*.json"))) == len(lora.rates)
