@@ -28,9 +28,17 @@ namespace citi {
 constexpr int64_t kMaxStackedRank = 128;
 // Of z; an expert has a rank of at least 1.
 constexpr int64_t kMaxMoloraRows = 2 * kMaxStackedRank + 1;
-// Up to so many, without dropout, have kernels of their own in the forward. They sum in another
-// order: a token among few and the same token among more are equal within rounding, not in bits.
+// Few tokens, without dropout, have kernels of their own in the forward: row by row of the
+// parameters up to kFewTokens, in fp32 with a lane of a register for each up to kLaneTokens, which
+// begins at kFewestInLanes or later, by the variant. Each sums in an order of its own: a token among
+// so many and the same token among more are equal within rounding, not in bits.
 constexpr int64_t kFewTokens = 8;
+constexpr int64_t kLaneTokens = 16;
+constexpr int64_t kFewestInLanes = 5;
+
+inline int64_t MostFewTokens(DType dtype) {
+  return dtype == DType::kFloat32 ? kLaneTokens : kFewTokens;
+}
 
 struct MoloraSizes {
   int64_t num_tokens;
@@ -59,7 +67,7 @@ struct MoloraForward {
   Vector probs;      // (T, G) fp32, overwritten, or none
   Vector workspace;  // fp32, MoloraForwardWorkspace entries; none where these are 0
 
-  bool is_of_few() const { return sizes.num_tokens <= kFewTokens && !dropout; }
+  bool is_of_few() const { return sizes.num_tokens <= MostFewTokens(x.dtype) && !dropout; }
 };
 
 struct MoloraBackward {

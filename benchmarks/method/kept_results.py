@@ -2,7 +2,7 @@
 
 A row takes minutes to hours, and machines come and go; result files under version control stay.
 They hold every candidate of a row's search, so that further seeds, and rows that take the same
-rates, go on anywhere.
+rates, go on anywhere; beside them lie the candidates of searches whose rows are not done yet.
 """
 
 from __future__ import annotations

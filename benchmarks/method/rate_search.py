@@ -70,6 +70,7 @@ def try_rates(
         assignment, folder, observer: As for `search_rates`.
     """
     target = candidate_file(folder, owner, rates)
+    work = assignment.folder.parent / f"search_{owner.name}_{target.stem}"
     if not target.is_file():
         candidate = dataclasses.replace(
             assignment,
@@ -77,11 +78,11 @@ def try_rates(
             rates=rates,
             seed=0,
             steps=assignment.scale.search_steps,
-            folder=target.with_suffix(""),
+            folder=work,
         )
         observer.line(f"search for {owner.title}: {dict(rates)}")
         write_candidate(folder, owner, _try(candidate, observer))
-    shutil.rmtree(target.with_suffix(""), ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     return read_object(target, file_format=FORMAT, version=VERSION, types=_TYPES)
 
 

@@ -32,6 +32,7 @@ from citi.trainer import TrainingError
 
 FORMAT, VERSION = "citi.method_comparison", 2
 _TYPES = {"scale": dict, "model": str, "dtype": str, "sha256": dict}
+_RECORD = "comparison.json"
 
 
 class ComparisonError(ValueError):
@@ -56,8 +57,8 @@ class Comparison:
         scale: Sizes.
         model: Name or directory of the base.
         data: Prepared files, checked for leaks.
-        output: search/, scores/, answers/, and work/ while rows are under way.
-        results: Folder of the result files.
+        output: scores/, answers/, and work/ while rows are under way.
+        results: Folder of the result files, and of search/.
         dtype: Of the base here; where the scale says "auto", machines differ.
         run_code: Whether generated code is run.
         keep_models: Whether work/ keeps what was trained.
@@ -80,7 +81,8 @@ class Comparison:
 
     @property
     def search(self) -> Path:
-        return self.output / "search"
+        """One file a candidate, with what they all belong to."""
+        return self.results / "search" / self.scale.name
 
     def assignment(self, row: RowConfig, seed: int) -> Assignment:
         """What the row trains, its learning rates still to be chosen."""
@@ -114,45 +116,54 @@ def open_comparison(
         source: Folder of the data sets.
         output: Folder of everything made on the way.
         scale, model, run_code, keep_models, is_repeatable: See `Comparison`.
-        results: Folder of the result files, which may hold some already, of this machine or of
-            another: their rows are done and their searches taken. None: `output`/results.
+        results: Folder of the result files and of the searches, which may hold some already, of
+            this machine or of another: they are not made again. None: `output`/results.
     Raises:
         DataError: A data file cannot be used.
         LeakError: Evaluation data in training or validation data.
         ComparisonError: A folder belongs to another scale, model, dtype or data.
         SavedFileError: A result file, or what `output` was begun with, is damaged.
     """
-    file = output / "comparison.json"
     dtype = str(resolve_dtype(scale.dtype, this_process().device)).removeprefix("torch.")
     settings = {"scale": dataclasses.asdict(scale), "model": Path(model).name, "dtype": dtype}
-    if file.is_file():
-        begun = read_object(file, file_format=FORMAT, version=VERSION, types=_TYPES)
-        for key, value in settings.items():
-            if begun[key] != value:
-                raise ComparisonError(
-                    f"{output} was begun with {key} {begun[key]}, got {value}; "
-                    "give another --output, or remove the folder"
-                )
+    results = results or output / "results"
+    folders = output, results / "search" / scale.name
+    for folder in folders:
+        _refuse_other(folder, settings)
     data = prepare_data(source, output / "data", scale)
     check_leaks(data.path)
-    digests = data.record()["sha256"]
-    if file.is_file() and begun["sha256"] != digests:
-        raise ComparisonError(f"{output}: its data changed since it was begun; remove the folder")
+    shared = settings | {"sha256": data.record()["sha256"]}
+    for folder in folders:
+        _refuse_other(folder, shared)
     comparison = Comparison(
         scale,
         model,
         data,
         output,
-        results or output / "results",
+        results,
         dtype,
         run_code,
         keep_models,
         is_repeatable,
     )
-    shared = settings | {"sha256": digests}
     _take_results(comparison, shared)
-    write_json(file, {"format": FORMAT, "version": VERSION, **shared})
+    for folder in folders:
+        write_json(folder / _RECORD, {"format": FORMAT, "version": VERSION, **shared})
     return comparison
+
+
+def _refuse_other(folder: Path, shared: Mapping[str, object]) -> None:
+    """Raises where the folder was begun with something else."""
+    if not (folder / _RECORD).is_file():
+        return
+    begun = read_object(folder / _RECORD, file_format=FORMAT, version=VERSION, types=_TYPES)
+    for key, value in shared.items():
+        if begun[key] == value:
+            continue
+        what = "other data" if key == "sha256" else f"{key} {begun[key]}, got {value}"
+        raise ComparisonError(
+            f"{folder} was begun with {what}; give another --output or --results, or remove it"
+        )
 
 
 def _take_results(comparison: Comparison, shared: Mapping[str, object]) -> None:

@@ -32,6 +32,7 @@ class _Call(NamedTuple):
 
     run: Callable[..., None]
     has_update: Callable[[], bool] | None
+    workspace_size: int
     dtype_code: int
     num_out: int
 
@@ -61,7 +62,7 @@ def key_of(
         or not is_dense
         or not x.is_cpu
         or x.dim() == 0
-        or not 0 < x.numel() <= native.MAX_FEW_TOKENS * x.shape[-1]
+        or not 0 < x.numel() <= native.MAX_FEW_TOKENS.get(x.dtype, 0) * x.shape[-1]
         or not x.is_contiguous()
         or wants_gradient(x, *parameters)
         or torch.is_autocast_enabled("cpu")
@@ -83,9 +84,12 @@ def repeat(key: tuple, x: Tensor) -> Tensor | None:
     *outer, num_in = x.shape
     y = x.new_empty((*outer, call.num_out))
     code, num_out = call.dtype_code, call.num_out
+    # a name of its own keeps it alive during the call
+    workspace = x.new_empty(call.workspace_size) if call.workspace_size else None
     call.run(
         x=(x.data_ptr(), x.nbytes, code, num_in, 1),
         y=(y.data_ptr(), y.nbytes, code, num_out, 1),
+        workspace=compiled.vector(workspace),
         num_threads=torch.get_num_threads(),
     )
     return y
@@ -116,11 +120,11 @@ def remember(key: tuple, operands: Operands, settings: Settings) -> None:
         bias=compiled.vector(bias_N),
         h=None,
         probs=None,
-        workspace=None,
     )
     has_update = None
     if weight_NK is not None:
         has_update = functools.partial(extension.molora_has_update, shape=shape, b=b)
     if len(_known) >= _MAX_KNOWN:
         _known.clear()
-    _known[key] = _Call(run, has_update, compiled.dtype_code(x_TK.dtype), b_NR.shape[0])
+    size = native.workspace_size(shape, x_TK.dtype, has_dropout=False)
+    _known[key] = _Call(run, has_update, size, compiled.dtype_code(x_TK.dtype), b_NR.shape[0])

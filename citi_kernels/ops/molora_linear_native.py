@@ -5,11 +5,12 @@
               expert kept
     library   everything else                                   the torch backend
 
-The base products, x weight^T and dy weight, are PyTorch's, but for the first of up to 8 tokens once
+The base products, x weight^T and dy weight, are PyTorch's, but for the first of few tokens (up to
+16 in fp32, which from some number on have a lane of a register each; up to 8 in bf16) once
 b is not 0: a fresh layer's output stays its linear's, bitwise. Around them, in one call each:
 
-    forward   shrink x to z, route, add u b^T to y: block by block of tokens. Up to 8 tokens, as
-              in generation, meet the rows of a, router, b and weight where these lie, in fp32
+    forward   shrink x to z, route, add u b^T to y: block by block of tokens. Few tokens, as in
+              generation, meet the rows of a, router, b and weight where these lie, in fp32
     backward  shrink dy to du, rank gradients, add dz^T [a; router] to dx: block by block of tokens;
               db, and [da; drouter]: block by block of columns
 
@@ -37,7 +38,8 @@ MAX_STACKED_RANK = 128
 DTYPES = (torch.float32, torch.bfloat16)
 # of the machine and `_C`; asked once, where dynamo does not look
 _WHY_SLOW = compiled.why_slow()
-MAX_FEW_TOKENS = 0 if compiled.why_missing("native") else compiled.extension().molora_few_tokens
+_MAX_FEW_TOKENS = {} if compiled.why_missing("native") else compiled.extension().molora_few_tokens
+MAX_FEW_TOKENS = {getattr(torch, name): most for name, most in _MAX_FEW_TOKENS.items()}
 
 
 def refuses(x: Tensor) -> str | None:
@@ -96,7 +98,7 @@ def _run_forward(
         y_TN, weight_NK, bias_N = F.linear(x_TK, weight_NK, bias_N), None, None
     else:
         y_TN = x_TK.new_empty(x_TK.shape[0], b_NR.shape[0])
-    size = extension.molora_forward_workspace(shape, has_dropout=dropout is not None)
+    size = workspace_size(shape, x_TK.dtype, has_dropout=dropout is not None)
     workspace = x_TK.new_empty(size, dtype=torch.float32) if size else None
     extension.molora_forward(
         shape=shape,
@@ -121,12 +123,18 @@ def _run_forward(
 def can_be_read(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
     """Whether the tokens are few, and the rows of weight, of which there is one, contiguous."""
     return (
-        x_TK.shape[0] <= MAX_FEW_TOKENS
+        x_TK.shape[0] <= MAX_FEW_TOKENS[x_TK.dtype]
         and weight_NK.stride(1) == 1
         and weight_NK.numel() > 0
         and x_TK.numel() > 0
         and (bias_N is None or bias_N.is_contiguous())
     )
+
+
+def workspace_size(shape: tuple[int, ...], dtype: torch.dtype, *, has_dropout: bool) -> int:
+    """Numbers of fp32 that a forward of x of `dtype` writes besides its results."""
+    code = compiled.dtype_code(dtype)
+    return compiled.extension().molora_forward_workspace(shape, code, has_dropout=has_dropout)
 
 
 def _gate_sums(probs_TG: Tensor, settings: Settings) -> Tensor | None:

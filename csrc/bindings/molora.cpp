@@ -50,7 +50,8 @@ void Forward(const ShapeNumbers& shape, float scaling,
                               AsVector("h", h),
                               AsVector("probs", probs),
                               AsVector("workspace", workspace)};
-  CheckAndRun(forward, MoloraForwardWorkspace(sizes, dropout.has_value()), num_threads);
+  const int64_t size = MoloraForwardWorkspace(sizes, forward.x.dtype, dropout.has_value());
+  CheckAndRun(forward, size, num_threads);
 }
 
 void Backward(const ShapeNumbers& shape, float scaling,
@@ -94,13 +95,14 @@ bool HasUpdate(const ShapeNumbers& shape, const MatrixNumbers& b) {
 
 void BindMolora(py::module_& module) {
   module.attr("molora_max_stacked_rank") = kMaxStackedRank;
-  module.attr("molora_few_tokens") = kFewTokens;
+  module.attr("molora_few_tokens") =
+      py::dict(py::arg("float32") = kLaneTokens, py::arg("bfloat16") = kFewTokens);
   module.def(
       "molora_forward_workspace",
-      [](const ShapeNumbers& shape, bool has_dropout) {
-        return MoloraForwardWorkspace(AsSizes(shape), has_dropout);
+      [](const ShapeNumbers& shape, int32_t dtype, bool has_dropout) {
+        return MoloraForwardWorkspace(AsSizes(shape), AsDType("shape", dtype), has_dropout);
       },
-      Strictly("shape"), Strictly("has_dropout"));
+      Strictly("shape"), Strictly("dtype"), Strictly("has_dropout"));
   module.def(
       "molora_backward_workspace",
       [](const ShapeNumbers& shape) { return MoloraBackwardWorkspace(AsSizes(shape)); },

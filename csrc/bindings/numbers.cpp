@@ -5,6 +5,10 @@ namespace {
 
 constexpr int64_t kMaxThreads = 4096;
 
+}  // namespace
+
+void Refuse(const std::string& problem) { throw pybind11::value_error(problem); }
+
 DType AsDType(const char* name, int32_t code) {
   const DType dtype = static_cast<DType>(code);
   if (!IsKnown(dtype)) {
@@ -12,10 +16,6 @@ DType AsDType(const char* name, int32_t code) {
   }
   return dtype;
 }
-
-}  // namespace
-
-void Refuse(const std::string& problem) { throw pybind11::value_error(problem); }
 
 Matrix AsMatrix(const char* name, const MatrixNumbers& numbers) {
   const auto& [data, num_bytes, dtype, row_stride, column_stride] = numbers;

@@ -27,6 +27,7 @@ using DropoutNumbers = std::tuple<uint32_t, uint32_t, uint32_t, float>;
 
 [[noreturn]] void Refuse(const std::string& problem);
 
+DType AsDType(const char* name, int32_t code);
 Matrix AsMatrix(const char* name, const MatrixNumbers& numbers);
 Matrix AsMatrix(const char* name, const std::optional<MatrixNumbers>& numbers);
 Vector AsVector(const char* name, const VectorNumbers& numbers);

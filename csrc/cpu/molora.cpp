@@ -62,8 +62,12 @@ bool IsZero(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
                                          : IsZeroOf<BFloat16>(matrix, num_rows, num_columns);
 }
 
-int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, bool has_dropout) {
-  if (sizes.num_tokens <= kFewTokens && !has_dropout) return 0;
+int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, DType dtype, bool has_dropout) {
+  if (sizes.num_tokens <= MostFewTokens(dtype) && !has_dropout) {
+    if (dtype != DType::kFloat32 || sizes.num_tokens < kFewestInLanes) return 0;
+    // x, u and z
+    return kLaneTokens * (sizes.num_in + sizes.stacked_rank + sizes.num_rows());
+  }
   const int64_t num_tokens = RoundUp(sizes.num_tokens, kMoloraTokens);
   const int64_t num_lanes =
       has_dropout ? RoundUp(sizes.stacked_rank, kLanes) + RoundUp(sizes.num_gates(), kLanes)
@@ -83,6 +87,10 @@ void RunMolora(const MoloraForward& forward, Variant variant, int64_t num_thread
   const MoloraKernels kernels = Select(variant, forward.x.dtype);
   if (!forward.is_of_few()) {
     Run(forward, kernels.forward, num_threads);
+    return;
+  }
+  if (forward.x.dtype == DType::kFloat32 && forward.sizes.num_tokens >= kernels.num_in_lanes) {
+    Run(forward, kernels.forward_in_lanes, num_threads);
     return;
   }
   float numbers[kFewTokens * (kMaxMoloraRows + kMaxStackedRank)];

@@ -10,7 +10,7 @@ namespace citi {
 constexpr int64_t kMoloraTokens = 32;
 
 // Entries of the workspaces, whatever the variant; the sizes must be valid.
-int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, bool has_dropout);
+int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, DType dtype, bool has_dropout);
 int64_t MoloraBackwardWorkspace(const MoloraSizes& sizes);
 
 // Whether no entry differs from 0; of a trained b the first one tells. The matrix must be valid.
@@ -30,7 +30,9 @@ struct MoloraPhase {
 struct MoloraKernels {
   MoloraPhase<MoloraForward> forward[2];
   MoloraPhase<MoloraForward> forward_of_few[3];
+  MoloraPhase<MoloraForward> forward_in_lanes[4];  // of few in fp32, from num_in_lanes on
   MoloraPhase<MoloraBackward> backward[3];
+  int64_t num_in_lanes;
 };
 
 // For x of this dtype, fp32 or bf16. One for each variant.

@@ -1,7 +1,7 @@
 // MOLoRA as phases of tasks, in terms of sixteen lanes; compiled once for each variant.
 //
 //   forward    pack a, b and router as panels; block by block of tokens: shrink, route, expand
-//              a few tokens: molora_few_tokens.h
+//              a few tokens: molora_few_tokens.h, molora_token_lanes.h
 //   backward   pack; block by block of tokens: shrink, rank gradients, expand; block by block of
 //              columns: the sums over tokens
 #pragma once
@@ -9,6 +9,7 @@
 #include "cpu/molora_dropout.h"
 #include "cpu/molora_few_tokens.h"
 #include "cpu/molora_rank_space.h"
+#include "cpu/molora_token_lanes.h"
 #include "whole_numbers.h"
 
 namespace citi {
@@ -305,6 +306,7 @@ template <class Words>
 constexpr MoloraKernels KernelsOf() {
   using Forward = ForwardRun<Words>;
   using Few = ForwardOfFew<typename Words::Element>;
+  using Lanes = ForwardInLanes;
   using Backward = BackwardRun<Words>;
   return {{{[](const MoloraForward& f) { return Forward(f).NumPackTasks(); },
             [](const MoloraForward& f, int64_t task) { Forward(f).Pack(task); }},
@@ -316,12 +318,21 @@ constexpr MoloraKernels KernelsOf() {
             [](const MoloraForward& f, int64_t) { Few(f).Route(); }},
            {[](const MoloraForward& f) { return Few(f).NumExpandTasks(); },
             [](const MoloraForward& f, int64_t task) { Few(f).Expand(task); }}},
+          {{[](const MoloraForward& f) { return Lanes(f).NumPackTasks(); },
+            [](const MoloraForward& f, int64_t task) { Lanes(f).Pack(task); }},
+           {[](const MoloraForward& f) { return Lanes(f).NumShrinkTasks(); },
+            [](const MoloraForward& f, int64_t task) { Lanes(f).Shrink(task); }},
+           {[](const MoloraForward& f) { return Lanes(f).NumRouteTasks(); },
+            [](const MoloraForward& f, int64_t) { Lanes(f).Route(); }},
+           {[](const MoloraForward& f) { return Lanes(f).NumExpandTasks(); },
+            [](const MoloraForward& f, int64_t task) { Lanes(f).Expand(task); }}},
           {{[](const MoloraBackward& b) { return Backward(b).NumPackTasks(); },
             [](const MoloraBackward& b, int64_t task) { Backward(b).Pack(task); }},
            {[](const MoloraBackward& b) { return Backward(b).NumTokenTasks(); },
             [](const MoloraBackward& b, int64_t task) { Backward(b).Tokens(task); }},
            {[](const MoloraBackward& b) { return Backward(b).NumSumTasks(); },
-            [](const MoloraBackward& b, int64_t task) { Backward(b).Sum(task); }}}};
+            [](const MoloraBackward& b, int64_t task) { Backward(b).Sum(task); }}},
+          kNumInLanes};
 }
 
 inline MoloraKernels MoloraKernelsHere(DType dtype) {

@@ -167,7 +167,8 @@ def test_lazily_negated_tensors_and_modes_that_look_on_take_the_other_way() -> N
 
 def test_many_tokens_ranks_and_dtypes_of_other_paths_are_not_kept() -> None:
     for case in (
-        case_of(9),
+        case_of(17),
+        case_of(9, dtype=torch.bfloat16),
         case_of(dtype=torch.float64),
         random_case(3, 70, 50, parameter_dtype=torch.float64),
         case_of(0),

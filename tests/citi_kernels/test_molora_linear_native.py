@@ -44,13 +44,16 @@ def test_every_variant_of_this_cpu_holds_the_rule(dtype: torch.dtype) -> None:
     for variant in extension.cpu_features:
         extension.use_cpu_variant(variant)
         few = ((1, 700, 90), {}), ((8, 130, 1300), {}), ((5, 9, 300), {"num_experts": 3, "r": 5})
+        few = *few, ((16, 300, 90), {}), ((9, 70, 130), {"num_experts": 3, "r": 5})
         for shape, sizes in (((67, 150, 211), {}), *few):
             case = random_case(*shape, dtype=dtype, parameter_dtype=torch.float32, **sizes)
             check_molora_linear(molora_linear, case)
 
 
 @each_dtype
-@pytest.mark.parametrize(("num_tokens", "weight"), [(3, False), (3, True), (150, False)])
+@pytest.mark.parametrize(
+    ("num_tokens", "weight"), [(3, False), (3, True), (12, True), (150, False)]
+)
 def test_neither_threads_nor_repeats_change_a_bit(
     dtype: torch.dtype, num_tokens: int, weight: bool
 ) -> None:
@@ -64,7 +67,7 @@ def test_neither_threads_nor_repeats_change_a_bit(
 
 
 @each_dtype
-@pytest.mark.parametrize(("num_tokens", "weight"), [(3, False), (3, True), (40, False)])
+@pytest.mark.parametrize(("num_tokens", "weight"), [(3, False), (3, True), (12, True), (40, False)])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_without_a_gradient_nothing_is_kept_and_no_bit_changes(
     dtype: torch.dtype, num_tokens: int, weight: bool, dropout_p: float
@@ -100,7 +103,7 @@ def test_few_tokens_read_weight_where_it_lies_once_b_is_not_zero(
         check_molora_linear(molora_linear, replace(case, **changed))
         return bool(library_calls)
 
-    few = random_case(compiled.extension().molora_few_tokens, 50, 37, dtype=dtype)
+    few = random_case(molora_linear_native.MAX_FEW_TOKENS[dtype], 50, 37, dtype=dtype)
     assert not asks_the_library(few)
     assert not asks_the_library(few, bias=None)
     rows_apart = torch.cat([few.weight, few.weight], 1)[:, :50]
@@ -120,7 +123,7 @@ def test_few_tokens_read_weight_where_it_lies_once_b_is_not_zero(
 def test_case_51_few_tokens_of_a_fresh_layer_are_the_linears_bitwise(dtype: torch.dtype) -> None:
     case = random_case(1, 576, 192, dtype=dtype, num_segments=None)
     options = case.options
-    for x in (case.x, case.x.expand(5, -1)):
+    for x in (case.x, case.x.expand(5, -1), case.x.expand(11, -1)):
         base = F.linear(x, case.weight, case.bias)
         operands = (x, case.weight, case.bias, case.a)
         fresh, _ = molora_linear(*operands, torch.zeros_like(case.b), case.router, **options)

@@ -102,7 +102,7 @@ def _row_dots(extension: ModuleType) -> _Target:
 
 # K, N, E, R; few tokens have kernels of their own in the forward
 _MOLORA_SIZES = (8, 10, 2, 4)
-_MANY, _FEW = 11, 6
+_MANY, _FEW = 19, (3, 11)
 
 
 # the halves of a seed, the threshold, 1 / (1 - p)
@@ -143,9 +143,9 @@ def molora_forward(
     has_weight: bool = False,
 ) -> _Target:
     shape = (num_tokens, *_MOLORA_SIZES)
-    size = extension.molora_forward_workspace(shape, has_dropout=dropout is not None)
-    names, outputs = "x a b router y h probs workspace", "y h probs workspace"
     code = extension.DTYPES["float32"]
+    size = extension.molora_forward_workspace(shape, code, has_dropout=dropout is not None)
+    names, outputs = "x a b router y h probs workspace", "y h probs workspace"
     function = extension.molora_forward
     names += " weight bias" if has_weight else ""
     target = _molora(function, num_tokens, size, names, outputs, code, dropout)
@@ -164,7 +164,11 @@ def molora_backward(extension: ModuleType, dropout: tuple | None = None) -> _Tar
 def main(num_calls: int, seed: int = 0) -> None:
     """Prints, for each function, how many calls were refused and how many were not."""
     extension, generator = compiled.extension(), random.Random(seed)
-    few = (molora_forward(extension, num_tokens=_FEW, has_weight=each) for each in (False, True))
+    few = (
+        molora_forward(extension, num_tokens=num_tokens, has_weight=has_weight)
+        for num_tokens in _FEW
+        for has_weight in (False, True)
+    )
     targets = [_row_dots(extension), *few]
     for dropout in (None, _DROPOUT):
         targets += [molora_forward(extension, dropout), molora_backward(extension, dropout)]

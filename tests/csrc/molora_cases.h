@@ -72,8 +72,10 @@ class MoloraProblem {
         da(Output(sizes_.stacked_rank, sizes_.num_in, case_.parameter_dtype)),
         db(Output(sizes_.num_out, sizes_.stacked_rank, case_.parameter_dtype)),
         drouter(Output(sizes_.num_gates(), sizes_.num_in, case_.parameter_dtype)),
-        forward_workspace(Output(1, MoloraForwardWorkspace(sizes_, case_.dropout.has_value()),
-                                  DType::kFloat32)),
+        forward_workspace(Output(1,
+                                 MoloraForwardWorkspace(sizes_, case_.dtype,
+                                                        case_.dropout.has_value()),
+                                 DType::kFloat32)),
         backward_workspace(Output(1, MoloraBackwardWorkspace(sizes_), DType::kFloat32)) {
     if (!case_.has_base) y.FillWithNan(), dx.FillWithNan();
   }

@@ -12,7 +12,8 @@ namespace {
 constexpr MoloraSizes kSizes[] = {{1, 1, 1, 1, 1},      {7, 19, 53, 3, 15},  {33, 230, 40, 4, 32},
                                   {70, 65, 310, 5, 35}, {129, 50, 49, 1, 2}, {5, 9, 11, 128, 128},
                                   {34, 16, 48, 2, 64},  {1, 1000, 150, 4, 32}, {2, 47, 1100, 3, 33},
-                                  {3, 16, 31, 1, 5},    {8, 330, 290, 2, 128}};
+                                  {3, 16, 31, 1, 5},    {8, 330, 290, 2, 128},
+                                  {9, 141, 70, 3, 33},  {16, 600, 270, 4, 32}};
 
 // A quarter is dropped.
 constexpr Dropout kDropout{0x12345678u, 0x9abcdefu, 0x40000000u, 4.0f / 3.0f};
@@ -55,7 +56,7 @@ void CheckValues() {
           const bool has_base = ++number % 3 != 0;
           CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, has_base}, variant);
           CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, has_base, kDropout}, variant);
-          if (sizes.num_tokens > kFewTokens) continue;
+          if (sizes.num_tokens > MostFewTokens(dtype)) continue;
           CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, false, std::nullopt, true},
                     variant);
         }
@@ -191,29 +192,29 @@ void CheckWithoutSaved() {
   }
 }
 
-// With a weight a token alone has the bits that it has among others.
-void CheckTokensOfWeight() {
-  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-    for (const Variant variant : RunnableVariants()) {
-      MoloraProblem all(
-          {{7, 50, 45, 2, 6}, dtype, dtype, Layout::kRowsApart, false, std::nullopt, true});
-      RunMolora(all.Forward(), variant, 1);
-      for (int64_t t = 0; t < 7; ++t) {
-        MoloraProblem one(
-            {{7, 50, 45, 2, 6}, dtype, dtype, Layout::kRowsApart, false, std::nullopt, true});
-        MoloraForward forward = one.Forward();
-        const auto skip_to_token = [&](Matrix* matrix) {
-          const int64_t num_bytes = t * matrix->row_stride * SizeOf(dtype);
-          matrix->data = static_cast<const char*>(matrix->data) + num_bytes;
-          matrix->num_bytes -= num_bytes;
-        };
-        forward.sizes.num_tokens = 1;
-        forward.h = {}, forward.probs = {};
-        skip_to_token(&forward.x), skip_to_token(&forward.y);
-        CHECK(Invalid(forward, forward.workspace.size) == "", "one token is refused");
-        RunMolora(forward, variant, 1);
+// With a weight a token among a part of the tokens has the bits that it has among all.
+void CheckTokensOfWeight(int64_t num_all, int64_t num_part, DType dtype) {
+  const MoloraCase molora_case{{num_all, 50, 45, 2, 6}, dtype,        dtype, Layout::kRowsApart,
+                               false,                   std::nullopt, true};
+  for (const Variant variant : RunnableVariants()) {
+    MoloraProblem all(molora_case);
+    RunMolora(all.Forward(), variant, 1);
+    for (int64_t t = 0; t + num_part <= num_all; ++t) {
+      MoloraProblem part(molora_case);
+      MoloraForward forward = part.Forward();
+      const auto skip_to_token = [&](Matrix* matrix) {
+        const int64_t num_bytes = t * matrix->row_stride * SizeOf(dtype);
+        matrix->data = static_cast<const char*>(matrix->data) + num_bytes;
+        matrix->num_bytes -= num_bytes;
+      };
+      forward.sizes.num_tokens = num_part;
+      forward.h = {}, forward.probs = {};
+      skip_to_token(&forward.x), skip_to_token(&forward.y);
+      CHECK(Invalid(forward, forward.workspace.size) == "", "a part is refused");
+      RunMolora(forward, variant, 1);
+      for (int64_t i = t; i < t + num_part; ++i) {
         for (int64_t n = 0; n < 45; ++n) {
-          CHECK(one.y.Get(t, n) == all.y.Get(t, n), "other bits of a token alone");
+          CHECK(part.y.Get(i, n) == all.y.Get(i, n), "other bits of a token among a part");
         }
       }
     }
@@ -242,7 +243,7 @@ void CheckZeros() {
 
 void CheckRefusals() {
   MoloraProblem problem({{9, 6, 7, 2, 4}, DType::kBFloat16, DType::kFloat32, Layout::kDense, true});
-  const int64_t num_forward = MoloraForwardWorkspace({9, 6, 7, 2, 4}, false);
+  const int64_t num_forward = MoloraForwardWorkspace({9, 6, 7, 2, 4}, DType::kBFloat16, false);
   const int64_t num_backward = MoloraBackwardWorkspace({9, 6, 7, 2, 4});
   const auto refuses_forward = [&](const std::string& name, const auto& change) {
     MoloraForward forward = problem.Forward();
@@ -311,7 +312,9 @@ int main() {
   citi::CheckDropout();
   citi::CheckWithoutDy();
   citi::CheckWithoutSaved();
-  citi::CheckTokensOfWeight();
+  citi::CheckTokensOfWeight(citi::kFewestInLanes - 1, 1, citi::DType::kFloat32);
+  citi::CheckTokensOfWeight(citi::kLaneTokens, citi::kFewTokens + 1, citi::DType::kFloat32);
+  citi::CheckTokensOfWeight(citi::kFewTokens, 1, citi::DType::kBFloat16);
   citi::CheckZeros();
   citi::CheckRefusals();
   return citi::Report();

@@ -10,7 +10,7 @@ from method_cases import TINY, first_rates, open_tiny, without_search
 
 from benchmarks.method import rate_search, run
 from benchmarks.method.kept_results import restore_search
-from benchmarks.method.rate_search import search_rates
+from benchmarks.method.rate_search import search_rates, try_rates, write_candidate
 from benchmarks.method.row_config import load_row
 from benchmarks.method.row_result import RowResult
 from benchmarks.method.run import ComparisonError, run_row
@@ -68,7 +68,7 @@ def test_a_kept_row_is_not_run_again_and_another_seed_takes_its_search(
 
 def test_a_new_row_is_kept_beside_the_others(folder, lora, kept: Path, tmp_path: Path) -> None:
     result = run_row(open_tiny(folder, tmp_path / "new", results=kept), load_row("vanilla"), 0)
-    assert {path.name for path in kept.iterdir()} == {lora.file_name, result.file_name}
+    assert {path.name for path in kept.glob("*.json")} == {lora.file_name, result.file_name}
     assert not (tmp_path / "new" / "results").exists()
 
 
@@ -110,6 +110,25 @@ def test_results_of_another_comparison_are_refused_by_name(
     with pytest.raises(ComparisonError, match=f"{lora.file_name} has another {what}"):
         open_tiny(folder, tmp_path / "new", results=tmp_path / "kept")
     assert not (tmp_path / "new" / "comparison.json").exists()
+
+
+def test_candidates_lie_beside_the_results_and_are_not_tried_again(
+    folder, tmp_path: Path, monkeypatch
+) -> None:
+    first = open_tiny(folder, tmp_path / "first", results=tmp_path / "kept")
+    lora = load_row("lora")
+    found = {"rates": lora.rates[0], "validation_nll": 1.5, "diverged": False}
+    write_candidate(first.search, lora, found)
+    second = open_tiny(folder, tmp_path / "second", results=tmp_path / "kept")
+    refuse_to_train(monkeypatch)
+    pattern = second.assignment(lora, 0)
+    tried = try_rates(lora, lora.rates[0], pattern, second.search, observer=RunObserver())
+    assert tried["validation_nll"] == 1.5
+    record = second.search / "comparison.json"
+    record.write_text(record.read_text().replace('"float32"', '"bfloat16"'))
+    with pytest.raises(ComparisonError, match="begun with dtype bfloat16, got float32"):
+        open_tiny(folder, tmp_path / "third", results=tmp_path / "kept")
+    assert not (tmp_path / "third" / "comparison.json").exists()
 
 
 def test_a_damaged_result_is_named(folder, kept: Path, tmp_path: Path) -> None:
