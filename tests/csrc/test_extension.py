@@ -288,16 +288,17 @@ def test_misaligned_data_and_overlapping_workspace_are_refused(extension: Module
 
 
 @pytest.mark.parametrize(
-    "name", ["molora_forward", "molora_backward", "forward_of_few", "with_weight"]
+    "name", ["molora_forward", "molora_backward", "forward_of_few", "in_lanes", "with_weight"]
 )
 def test_molora_names_the_tensor_that_is_short_misaligned_or_of_another_dtype(
     extension: ModuleType, name: str
 ) -> None:
     if name == "forward_of_few":
-        target = fuzz_extension.molora_forward(extension, num_tokens=6)
+        target = fuzz_extension.molora_forward(extension, num_tokens=3)
         assert "workspace" not in target.memory
-    elif name == "with_weight":
-        target = fuzz_extension.molora_forward(extension, num_tokens=6, has_weight=True)
+    elif name in ("in_lanes", "with_weight"):
+        has_weight = name == "with_weight"
+        target = fuzz_extension.molora_forward(extension, num_tokens=11, has_weight=has_weight)
     else:
         target = getattr(fuzz_extension, name)(extension)
     target.function(**target.valid)
@@ -324,7 +325,7 @@ def test_no_wrong_number_crashes_or_writes_elsewhere(extension: ModuleType) -> N
     result = python("import fuzz_extension; fuzz_extension.main(20000)")
     assert result.returncode == 0, f"{result.returncode}: {result.stderr[-2000:]}"
     counts = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
-    assert len(counts) == 7
+    assert len(counts) == 9
     for refused, accepted in counts:
         assert refused > 10000
         assert accepted > 100
