@@ -36,7 +36,8 @@ constexpr int64_t kFewTokens = 8;
 constexpr int64_t kLaneTokens = 16;
 constexpr int64_t kFewestInLanes = 5;
 
-inline int64_t MostFewTokens(DType dtype) {
+// Static, as in dtype.h.
+static constexpr int64_t MostFewTokens(DType dtype) {
   return dtype == DType::kFloat32 ? kLaneTokens : kFewTokens;
 }
 

@@ -122,7 +122,7 @@ def open_comparison(
         DataError: A data file cannot be used.
         LeakError: Evaluation data in training or validation data.
         ComparisonError: A folder belongs to another scale, model, dtype or data.
-        SavedFileError: A result file, or what `output` was begun with, is damaged.
+        SavedFileError: A result file, or what a folder was begun with, is damaged.
     """
     dtype = str(resolve_dtype(scale.dtype, this_process().device)).removeprefix("torch.")
     settings = {"scale": dataclasses.asdict(scale), "model": Path(model).name, "dtype": dtype}

@@ -22,15 +22,6 @@ constexpr int kWeightRows = 2;
 // Multiplications of a task: fewer are not worth a second thread.
 constexpr int64_t kDotsPerTask = int64_t{1} << 15;
 
-inline void Prefetch(const void* from) {
-#if defined(__GNUC__)
-  // into L2; no address faults
-  __builtin_prefetch(from, 0, 2);
-#else
-  static_cast<void>(from);
-#endif
-}
-
 // Sixteen numbers of a row, or the n that are left and zeros; rounded to X.
 template <class X, class Number>
 CITI_ALWAYS_INLINE Floats LoadRounded(const Number* from, int64_t stride, int64_t n) {

@@ -31,6 +31,15 @@ inline Element* RowOf(const Matrix& matrix, int64_t row) {
   return static_cast<Element*>(const_cast<void*>(matrix.data)) + row * matrix.row_stride;
 }
 
+inline void Prefetch(const void* from) {
+#if defined(__GNUC__)
+  // into L2; no address faults
+  __builtin_prefetch(from, 0, 2);
+#else
+  static_cast<void>(from);
+#endif
+}
+
 // Asks for rows [begin, end) of a few columns ahead of their use: hardware does not follow so many
 // rows at once.
 template <class Element>

@@ -44,11 +44,8 @@ CITI_NEVER_INLINE void AddLanes(const float* rows, int64_t row_stride, const flo
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) parts[i] = Floats::Zero();
   for (int64_t k = 0; k < n;) {
-#if defined(__GNUC__)
-    // into L2; no address faults
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) __builtin_prefetch(rows + (i + kRows) * row_stride + k, 0, 2);
-#endif
+    for (int i = 0; i < kRows; ++i) Prefetch(rows + (i + kRows) * row_stride + k);
     for (const int64_t end = Min(k + kLanes, n); k < end; ++k) {
       const Floats tokens = Floats::Load(lanes + k * kLanes);
 #pragma GCC unroll 8

@@ -288,7 +288,7 @@ def test_misaligned_data_and_overlapping_workspace_are_refused(extension: Module
 
 
 @pytest.mark.parametrize(
-    "name", ["molora_forward", "molora_backward", "forward_of_few", "in_lanes", "with_weight"]
+    "name", ["molora_forward", "molora_backward", "forward_of_few", "with_weight", "in_lanes"]
 )
 def test_molora_names_the_tensor_that_is_short_misaligned_or_of_another_dtype(
     extension: ModuleType, name: str
@@ -296,9 +296,9 @@ def test_molora_names_the_tensor_that_is_short_misaligned_or_of_another_dtype(
     if name == "forward_of_few":
         target = fuzz_extension.molora_forward(extension, num_tokens=3)
         assert "workspace" not in target.memory
-    elif name in ("in_lanes", "with_weight"):
-        has_weight = name == "with_weight"
-        target = fuzz_extension.molora_forward(extension, num_tokens=11, has_weight=has_weight)
+    elif name in ("with_weight", "in_lanes"):
+        num_tokens = 3 if name == "with_weight" else 11
+        target = fuzz_extension.molora_forward(extension, num_tokens=num_tokens, has_weight=True)
     else:
         target = getattr(fuzz_extension, name)(extension)
     target.function(**target.valid)

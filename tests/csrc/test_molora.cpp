@@ -314,7 +314,9 @@ int main() {
   citi::CheckWithoutSaved();
   citi::CheckTokensOfWeight(citi::kFewestInLanes - 1, 1, citi::DType::kFloat32);
   citi::CheckTokensOfWeight(citi::kLaneTokens, citi::kFewTokens + 1, citi::DType::kFloat32);
+  citi::CheckTokensOfWeight(3, 1, citi::DType::kFloat32);
   citi::CheckTokensOfWeight(citi::kFewTokens, 1, citi::DType::kBFloat16);
+  citi::CheckTokensOfWeight(7, 1, citi::DType::kBFloat16);
   citi::CheckZeros();
   citi::CheckRefusals();
   return citi::Report();
