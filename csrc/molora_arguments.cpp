@@ -135,9 +135,10 @@ std::string Invalid(const MoloraSizes& sizes) {
   return "";
 }
 
-std::string InvalidUp(const MoloraSizes& sizes, const Matrix& b) {
+std::string InvalidFactors(const MoloraSizes& sizes, const Matrix* a, const Matrix* b) {
   Checker checker(sizes);
-  checker.CheckInput("b", b, sizes.num_out, sizes.stacked_rank);
+  if (a != nullptr) checker.CheckInput("a", *a, sizes.stacked_rank, sizes.num_in);
+  if (b != nullptr) checker.CheckInput("b", *b, sizes.num_out, sizes.stacked_rank);
   return checker.Problem();
 }
 
@@ -147,6 +148,10 @@ std::string Invalid(const MoloraForward& forward, int64_t workspace_size) {
   const DType dtype = forward.x.dtype;
   if (!checker.IsFine()) return checker.Problem();
   checker.Refuse(InvalidDropout(forward.dropout));
+  if (forward.top_k < 0 || forward.top_k > sizes.num_experts) {
+    checker.Refuse("top_k: must be in [0, " + std::to_string(sizes.num_experts) + "], got " +
+                   std::to_string(forward.top_k));
+  }
   checker.CheckInput("x", forward.x, sizes.num_tokens, sizes.num_in);
   CheckAdapter(sizes, forward.a, forward.b, forward.router, &checker);
   checker.CheckDType("y", forward.y.dtype, dtype);

@@ -9,6 +9,11 @@
 // With dropout a sees keep ⊙ x / (1 - p), and what it sends back to dx goes the same way. router
 // sees x.
 //
+// With top_k the gates of the other experts are 0; top_k.h says how probs tell. Those of the experts
+// that stay are as they were, or with `renormalizes` the softmax over them and the backbone. What is
+// not finite in b, forward, or in a, backward, reaches tokens that dropped its expert as well: such
+// parameters are not for here (cpu/molora.h, IsFinite).
+//
 // x, dy, y, dx, h, weight and bias share one dtype, fp32 or bf16; a, b, router and their gradients
 // each have one of these. Sums, gates and softmax are fp32. u and dz are rounded to the dtype of x.
 //
@@ -55,6 +60,8 @@ struct MoloraSizes {
 struct MoloraForward {
   MoloraSizes sizes;
   float scaling;
+  int64_t top_k;  // experts that a token keeps; 0: all
+  bool renormalizes;
   std::optional<Dropout> dropout;
   Matrix x;          // (T, K)
   Matrix a;          // (R, K)
@@ -93,7 +100,8 @@ struct MoloraBackward {
 
 // What is wrong with the arguments, naming the first one, or "". Sizes may be 0, but experts.
 std::string Invalid(const MoloraSizes& sizes);
-std::string InvalidUp(const MoloraSizes& sizes, const Matrix& b);
+// Of those that are not null.
+std::string InvalidFactors(const MoloraSizes& sizes, const Matrix* a, const Matrix* b);
 std::string Invalid(const MoloraForward& forward, int64_t workspace_size);
 std::string Invalid(const MoloraBackward& backward, int64_t workspace_size);
 

@@ -99,9 +99,9 @@ def molora_linear(
     """
     if segment_ids is not None and num_segments is None:
         raise ValueError("molora_linear: num_segments: want the number of segments, got None")
-    is_dense = top_k is None and segment_ids is None and dropout_p == 0.0
-    parameters = weight, bias, a, b, router
-    key = molora_linear_few.key_of(x, parameters, num_experts, scaling, is_dense=is_dense)
+    parameters, choices = (weight, bias, a, b, router), (num_experts, scaling, top_k, renormalize)
+    is_simple = segment_ids is None and dropout_p == 0.0
+    key = molora_linear_few.key_of(x, parameters, choices, is_simple=is_simple)
     if key is not None and (y := molora_linear_few.repeat(key, x)) is not None:
         return y, None
     if autocast_is_on(x):

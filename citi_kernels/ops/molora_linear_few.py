@@ -28,10 +28,13 @@ _MAX_KNOWN = 4096
 
 
 class _Call(NamedTuple):
-    """What is left to do: `run` with x and y, if b is not 0 (`has_update`; else the base alone)."""
+    """What is left to do: `run` with x and y, if the values are such that it is right (`checks`).
+
+    b is not 0, else it is the base alone; with top_k b is finite, so that gates of 0 hide it.
+    """
 
     run: Callable[..., None]
-    has_update: Callable[[], bool] | None
+    checks: tuple[Callable[[], bool], ...]
     workspace_size: int
     dtype_code: int
     num_out: int
@@ -41,25 +44,20 @@ _known: dict[tuple, _Call] = {}
 
 
 def key_of(
-    x: Tensor,
-    parameters: tuple[Tensor | None, ...],
-    num_experts: int,
-    scaling: float,
-    *,
-    is_dense: bool,
+    x: Tensor, parameters: tuple[Tensor | None, ...], choices: tuple, *, is_simple: bool
 ) -> tuple | None:
     """The key of a call, or None where it is not one of a few tokens that nothing looks on.
 
     Args:
         x: (..., K).
         parameters: weight, bias, a, b, router, as for `molora_linear`.
-        num_experts, scaling: as for `molora_linear`.
-        is_dense: without top_k, segments and dropout.
+        choices: the other arguments of `molora_linear` that a result depends on.
+        is_simple: without segments and dropout.
     """
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or not is_dense
+        or not is_simple
         or not x.is_cpu
         or x.dim() == 0
         or not 0 < x.numel() <= native.MAX_FEW_TOKENS.get(x.dtype, 0) * x.shape[-1]
@@ -73,14 +71,17 @@ def key_of(
         None if each is None else (each.data_ptr(), each.dtype, each.shape, each.stride())
         for each in parameters
     ]
-    return backends.asked_for(), x.dtype, x.shape, num_experts, scaling, *places
+    return backends.asked_for(), x.dtype, x.shape, *choices, *places
 
 
 def repeat(key: tuple, x: Tensor) -> Tensor | None:
     """y (..., N), if the call is known."""
     call = _known.get(key)
-    if call is None or not (call.has_update is None or call.has_update()):
+    if call is None:
         return None
+    for holds in call.checks:
+        if not holds():
+            return None
     *outer, num_in = x.shape
     y = x.new_empty((*outer, call.num_out))
     code, num_out = call.dtype_code, call.num_out
@@ -104,7 +105,7 @@ def remember(key: tuple, operands: Operands, settings: Settings) -> None:
         return
     x_TK, weight_NK, bias_N, a_RK, b_NR, router_GK = operands
     is_taken = (
-        native.path(a_RK.shape[0], x_TK.dtype, settings) == "fused"
+        native.path(a_RK.shape[0], x_TK.dtype) == "fused"
         and all(each.dtype in native.DTYPES for each in (a_RK, b_NR, router_GK))
         and (weight_NK is None or native.can_be_read(x_TK, weight_NK, bias_N))
     )
@@ -116,6 +117,7 @@ def remember(key: tuple, operands: Operands, settings: Settings) -> None:
         extension.molora_forward,
         shape=shape,
         scaling=settings.scaling,
+        **native.top_k_numbers(settings),
         dropout=None,
         a=matrix(a_RK),
         b=b,
@@ -126,10 +128,12 @@ def remember(key: tuple, operands: Operands, settings: Settings) -> None:
         h=None,
         probs=None,
     )
-    has_update = None
+    checks = []
     if weight_NK is not None:
-        has_update = functools.partial(extension.molora_has_update, shape=shape, b=b)
+        checks.append(functools.partial(extension.molora_has_update, shape=shape, b=b))
+    if settings.is_sparse:
+        checks.append(functools.partial(extension.molora_are_finite, shape=shape, a=None, b=b))
     if len(_known) >= _MAX_KNOWN:
         _known.clear()
     size = native.workspace_size(shape, x_TK.dtype, has_dropout=False)
-    _known[key] = _Call(run, has_update, size, compiled.dtype_code(x_TK.dtype), b_NR.shape[0])
+    _known[key] = _Call(run, tuple(checks), size, compiled.dtype_code(x_TK.dtype), b_NR.shape[0])

@@ -1,8 +1,7 @@
 """Backend "native" of `citi::molora_linear`: C++ for the CPU, in `citi_kernels._C`.
 
     path      when                                              what runs
-    fused     fp32 and bf16, stacked rank up to 128, every      this module
-              expert kept
+    fused     fp32 and bf16, stacked rank up to 128             this module
     library   everything else                                   the torch backend
 
 The base products, x weight^T and dy weight, are PyTorch's, but for the first of few tokens (up to
@@ -19,6 +18,11 @@ writes rank-sized tensors besides. Dropout is applied to x in cache, a mask is n
 [da; drouter] passes over x twice. The cut of the work follows from the shape alone and every sum
 has one order: neither the number of threads nor strides change a bit. Variants (CITI_CPU_FEATURES)
 sum in different orders, and so differ in the last bits.
+
+With top_k all experts are computed and the gates of dropped ones are 0, which at these ranks takes
+less time than to sort tokens by expert; a sign in `Saved.probs` says which were dropped. NaN and
+infinity in b, forward, or in a, backward, would pass a gate of 0: then they are computed as 0, and
+the tokens that keep such an expert have the torch backend's y, or dx.
 
 Shapes: T tokens, K in-features, N out-features, R stacked rank (E·r), G = E + 1, B segments.
 """
@@ -47,18 +51,23 @@ def refuses(x: Tensor) -> str | None:
     return _WHY_SLOW
 
 
-def path(stacked_rank: int, dtype: torch.dtype, settings: Settings) -> str:
+def path(stacked_rank: int, dtype: torch.dtype) -> str:
     """Which of "fused" and "library", for x of `dtype`."""
-    is_taken = dtype in DTYPES and stacked_rank <= MAX_STACKED_RANK
-    return "fused" if is_taken and not settings.is_sparse else "library"
+    return "fused" if dtype in DTYPES and stacked_rank <= MAX_STACKED_RANK else "library"
 
 
 def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tensor | None]:
     """y (T, N), what the backward needs, and the gate sums (B, G) or None."""
     x_TK, a_RK = operands.x, operands.a
-    if path(a_RK.shape[0], x_TK.dtype, settings) == "library":
+    if path(a_RK.shape[0], x_TK.dtype) == "library":
         return molora_linear_torch.forward(operands, settings)
-    saved = empty_saved(x_TK, a_RK, settings)
+    if _lets_through("b", operands, settings, x_TK.dtype):
+        return _forward_by_expert(operands, settings)
+    return _fused_forward(operands, settings)
+
+
+def _fused_forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tensor | None]:
+    saved = empty_saved(operands.x, operands.a, settings)
     y_TN = _run_forward(operands, settings, saved.h, saved.probs)
     return y_TN, saved, _gate_sums(saved.probs, settings)
 
@@ -66,8 +75,9 @@ def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tens
 def forward_only(operands: Operands, settings: Settings) -> tuple[Tensor, Tensor | None]:
     """y (T, N) and the gate sums, for no backward."""
     x_TK = operands.x
-    if path(operands.a.shape[0], x_TK.dtype, settings) == "library":
-        y_TN, _, gate_sums_BG = molora_linear_torch.forward(operands, settings)
+    is_library = path(operands.a.shape[0], x_TK.dtype) == "library"
+    if is_library or _lets_through("b", operands, settings, x_TK.dtype):
+        y_TN, _, gate_sums_BG = forward(operands, settings)
         return y_TN, gate_sums_BG
     if settings.segment_ids is None:
         return _run_forward(operands, settings, None, None), None
@@ -103,6 +113,7 @@ def _run_forward(
     extension.molora_forward(
         shape=shape,
         scaling=settings.scaling,
+        **top_k_numbers(settings),
         dropout=dropout,
         x=matrix(x_TK),
         a=matrix(a_RK),
@@ -140,7 +151,8 @@ def workspace_size(shape: tuple[int, ...], dtype: torch.dtype, *, has_dropout: b
 def _gate_sums(probs_TG: Tensor, settings: Settings) -> Tensor | None:
     if settings.segment_ids is None:
         return None
-    return definition.sum_over_segments(probs_TG, settings.segment_ids, settings.num_segments)
+    gate_TG = probs_TG.clamp_min(0.0) if settings.is_sparse else probs_TG
+    return definition.sum_over_segments(gate_TG, settings.segment_ids, settings.num_segments)
 
 
 def backward(
@@ -152,10 +164,26 @@ def backward(
     needs: Needs,
 ) -> Operands:
     """Gradients, None where `needs` says no; see `molora_linear_torch.backward`."""
+    dtype = saved.h.dtype
+    if path(operands.a.shape[0], dtype) == "library":
+        run = molora_linear_torch.backward
+    elif needs.x and _lets_through("a", operands, settings, dtype):
+        run = _backward_by_expert
+    else:
+        run = _fused_backward
+    return run(dy_TN, dgate_sums_BG, operands, saved, settings, needs)
+
+
+def _fused_backward(
+    dy_TN: Tensor | None,
+    dgate_sums_BG: Tensor | None,
+    operands: Operands,
+    saved: Saved,
+    settings: Settings,
+    needs: Needs,
+) -> Operands:
     x_TK, weight_NK, _, a_RK, b_NR, router_GK = operands
     dtype = saved.h.dtype
-    if path(a_RK.shape[0], dtype, settings) == "library":
-        return molora_linear_torch.backward(dy_TN, dgate_sums_BG, operands, saved, settings, needs)
     if dy_TN is not None and (needs.x or needs.weight or needs.bias):
         dy_TN = dy_TN.contiguous()
     has_base = dy_TN is not None and weight_NK is not None
@@ -205,8 +233,9 @@ def backward(
 
 
 def empty_saved(x_TK: Tensor, a_RK: Tensor, settings: Settings) -> Saved:
-    """h (T, R), probs (T, G) fp32; on the other path, the torch backend's."""
-    if path(a_RK.shape[0], x_TK.dtype, settings) == "library":
+    """h (T, R), probs (T, G) fp32, of dropped experts with a sign; on the other path, the torch
+    backend's."""
+    if path(a_RK.shape[0], x_TK.dtype) == "library":
         return molora_linear_torch.empty_saved(x_TK, a_RK, settings)
     num_tokens = x_TK.shape[0]
     return Saved(
@@ -218,6 +247,79 @@ def empty_saved(x_TK: Tensor, a_RK: Tensor, settings: Settings) -> Saved:
 
 def _empty_probs(x_TK: Tensor, settings: Settings) -> Tensor:
     return x_TK.new_empty(x_TK.shape[0], settings.num_experts + 1, dtype=torch.float32)
+
+
+def _lets_through(
+    parameter: str, operands: Operands, settings: Settings, dtype: torch.dtype
+) -> bool:
+    """Whether gates of 0 would let through what dropped experts have in "a" or "b": NaN, infinity.
+
+    The forward multiplies gates of 0 by b, the gradient of x by a. x is of `dtype`.
+    """
+    if not settings.is_sparse:
+        return False
+    (given,) = _readable(getattr(operands, parameter), dtype=dtype)
+    factors = {"a": None, "b": None} | {parameter: compiled.matrix(given)}
+    shape = shape_of(0, operands.a, operands.b, settings)
+    return not compiled.extension().molora_are_finite(shape=shape, **factors)
+
+
+def _finite(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """With 0 for what is not finite in `dtype`."""
+    return parameter.where(parameter.to(dtype).isfinite(), 0.0)
+
+
+def _keeps_others(probs_TG: Tensor, columns_R: Tensor) -> Tensor:
+    """(T,) bool: whether a token keeps an expert that has NaN or infinity in its of R columns."""
+    kept_TE = _kept(probs_TG)
+    others_E = (~columns_R.isfinite()).any(0).view(kept_TE.shape[1], -1).any(1)
+    return (kept_TE & others_E).any(1)
+
+
+def _kept(probs_TG: Tensor) -> Tensor:
+    """(T, E) bool, from the signs."""
+    probs_TE = probs_TG[:, 1:]
+    return ~probs_TE.signbit() | probs_TE.isnan()
+
+
+def _forward_by_expert(
+    operands: Operands, settings: Settings
+) -> tuple[Tensor, Saved, Tensor | None]:
+    """Where b is not finite: tokens that keep such an expert have the torch backend's y."""
+    dtype, b_NR = operands.x.dtype, operands.b
+    finite = operands._replace(b=_finite(b_NR, dtype))
+    y_TN, saved, gate_sums_BG = _fused_forward(finite, settings)
+    others_TN, _, _ = molora_linear_torch.forward(operands, settings)
+    keeps_T = _keeps_others(saved.probs, b_NR.to(dtype))
+    return torch.where(keeps_T[:, None], others_TN, y_TN), saved, gate_sums_BG
+
+
+def _backward_by_expert(
+    dy_TN: Tensor | None,
+    dgate_sums_BG: Tensor | None,
+    operands: Operands,
+    saved: Saved,
+    settings: Settings,
+    needs: Needs,
+) -> Operands:
+    """Where a is not finite: tokens that keep such an expert have the torch backend's dx."""
+    dtype, a_RK = saved.h.dtype, operands.a
+    incoming, finite = (dy_TN, dgate_sums_BG), operands._replace(a=_finite(a_RK, dtype))
+    gradients = _fused_backward(*incoming, finite, saved, settings, needs)
+    only_x = Needs(True, False, False, False, False, False)
+    by_expert = Saved(
+        saved.h.T.contiguous(), saved.probs.T.abs().contiguous(), _kept(saved.probs).T
+    )
+    others_TK = molora_linear_torch.backward(*incoming, operands, by_expert, settings, only_x).x
+    keeps_T = _keeps_others(saved.probs, a_RK.to(dtype).T)
+    dx_TK = torch.where(keeps_T[:, None], others_TK, gradients.x)
+    return gradients._replace(x=dx_TK)
+
+
+def top_k_numbers(settings: Settings) -> dict[str, int | bool]:
+    """As `_C` takes the choice of experts: 0 where all are kept."""
+    top_k = settings.top_k if settings.is_sparse else 0
+    return {"top_k": top_k, "renormalizes": settings.renormalize}
 
 
 def shape_of(num_tokens: int, a_RK: Tensor, b_NR: Tensor, settings: Settings) -> tuple[int, ...]:

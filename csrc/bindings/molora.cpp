@@ -29,7 +29,7 @@ void CheckAndRun(const Problem& molora, int64_t workspace_size, int64_t num_thre
   RunMolora(molora, VariantInUse(), num_threads);
 }
 
-void Forward(const ShapeNumbers& shape, float scaling,
+void Forward(const ShapeNumbers& shape, float scaling, int64_t top_k, bool renormalizes,
              const std::optional<DropoutNumbers>& dropout, const MatrixNumbers& x,
              const MatrixNumbers& a, const MatrixNumbers& b, const MatrixNumbers& router,
              const MatrixNumbers& y, bool has_base, const OptionalMatrix& weight,
@@ -38,6 +38,8 @@ void Forward(const ShapeNumbers& shape, float scaling,
   const MoloraSizes sizes = AsSizes(shape);
   const MoloraForward forward{sizes,
                               scaling,
+                              top_k,
+                              renormalizes,
                               AsDropout(dropout),
                               AsMatrix("x", x),
                               AsMatrix("a", a),
@@ -82,13 +84,26 @@ void Backward(const ShapeNumbers& shape, float scaling,
   CheckAndRun(backward, MoloraBackwardWorkspace(sizes), num_threads);
 }
 
+void CheckFactors(const MoloraSizes& sizes, const Matrix* a, const Matrix* b) {
+  const std::string problem = InvalidFactors(sizes, a, b);
+  if (!problem.empty()) Refuse(problem);
+}
+
 // b is (N, R); a layer whose b is 0 is its linear layer.
 bool HasUpdate(const ShapeNumbers& shape, const MatrixNumbers& b) {
   const MoloraSizes sizes = AsSizes(shape);
-  const Matrix matrix = AsMatrix("b", b);
-  const std::string problem = InvalidUp(sizes, matrix);
-  if (!problem.empty()) Refuse(problem);
-  return !IsZero(matrix, sizes.num_out, sizes.stacked_rank);
+  const Matrix up = AsMatrix("b", b);
+  CheckFactors(sizes, nullptr, &up);
+  return !IsZero(up, sizes.num_out, sizes.stacked_rank);
+}
+
+// Whether experts that a token drops cannot reach it.
+bool AreFinite(const ShapeNumbers& shape, const OptionalMatrix& a, const OptionalMatrix& b) {
+  const MoloraSizes sizes = AsSizes(shape);
+  const Matrix down = AsMatrix("a", a), up = AsMatrix("b", b);
+  CheckFactors(sizes, a ? &down : nullptr, b ? &up : nullptr);
+  return (!a || IsFinite(down, sizes.stacked_rank, sizes.num_in)) &&
+         (!b || IsFinite(up, sizes.num_out, sizes.stacked_rank));
 }
 
 }  // namespace
@@ -108,8 +123,10 @@ void BindMolora(py::module_& module) {
       [](const ShapeNumbers& shape) { return MoloraBackwardWorkspace(AsSizes(shape)); },
       Strictly("shape"));
   module.def("molora_has_update", HasUpdate, py::kw_only(), Strictly("shape"), Strictly("b"));
+  module.def("molora_are_finite", AreFinite, py::kw_only(), Strictly("shape"), Strictly("a"),
+             Strictly("b"));
   module.def("molora_forward", Forward, py::kw_only(), Strictly("shape"), Strictly("scaling"),
-             Strictly("dropout"), Strictly("x"), Strictly("a"), Strictly("b"), Strictly("router"),
+             Strictly("top_k"), Strictly("renormalizes"), Strictly("dropout"), Strictly("x"), Strictly("a"), Strictly("b"), Strictly("router"),
              Strictly("y"), Strictly("has_base"), Strictly("weight"), Strictly("bias"),
              Strictly("h"), Strictly("probs"), Strictly("workspace"), Strictly("num_threads"));
   module.def("molora_backward", Backward, py::kw_only(), Strictly("shape"), Strictly("scaling"),

@@ -1,6 +1,7 @@
 #include "cpu/molora.h"
 
 #include <iterator>
+#include <type_traits>
 
 #include "cpu/parallel.h"
 #include "whole_numbers.h"
@@ -9,6 +10,8 @@ namespace citi {
 namespace {
 
 constexpr int64_t kLanes = 16;
+// Bits of the least fp32 number that bf16 has no finite one for.
+constexpr int32_t kRoundsToInfinity = 0x7f7f8000;
 
 MoloraKernels Select(Variant variant, DType dtype) {
   switch (variant) {
@@ -42,24 +45,46 @@ void Run(const Problem& problem, const MoloraPhase<Problem> (&phases)[kPhases],
   }
 }
 
-template <class Number>
-bool IsZeroOf(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
-  for (int64_t i = 0; i < num_rows; ++i) {
-    const Number* row = static_cast<const Number*>(matrix.data) + i * matrix.row_stride;
-    bool is_zero = true;
-    for (int64_t j = 0; j < num_columns; ++j) {
-      is_zero = is_zero && ToFloat(row[j * matrix.column_stride]) == 0.0f;
+// is_in(row, stride of its numbers) for rows until one says no.
+template <class IsIn>
+bool AllRows(const Matrix& matrix, int64_t num_rows, const IsIn& is_in) {
+  const auto all = [&](const auto* numbers) {
+    for (int64_t i = 0; i < num_rows; ++i) {
+      if (!is_in(numbers + i * matrix.row_stride, matrix.column_stride)) return false;
     }
-    if (!is_zero) return false;
-  }
-  return true;
+    return true;
+  };
+  return matrix.dtype == DType::kFloat32 ? all(static_cast<const float*>(matrix.data))
+                                         : all(static_cast<const BFloat16*>(matrix.data));
 }
 
 }  // namespace
 
 bool IsZero(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
-  return matrix.dtype == DType::kFloat32 ? IsZeroOf<float>(matrix, num_rows, num_columns)
-                                         : IsZeroOf<BFloat16>(matrix, num_rows, num_columns);
+  return AllRows(matrix, num_rows, [=](const auto* row, int64_t stride) {
+    bool is_zero = true;
+    for (int64_t j = 0; j < num_columns; ++j) {
+      is_zero = is_zero && ToFloat(row[j * stride]) == 0.0f;
+    }
+    return is_zero;
+  });
+}
+
+bool IsFinite(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
+  // The sum of flags of whole numbers, of which a compiler makes vectors where the stride is known.
+  const auto num_others = [=](const auto* row, auto stride) {
+    int32_t sum = 0;
+    for (int64_t j = 0; j < num_columns; ++j) {
+      const auto magnitude =
+          static_cast<int32_t>(BitsOfFloat(ToFloat(row[j * stride])) & 0x7fffffffu);
+      sum += magnitude >= kRoundsToInfinity ? 1 : 0;
+    }
+    return sum;
+  };
+  return AllRows(matrix, num_rows, [&](const auto* row, int64_t stride) {
+    return (stride == 1 ? num_others(row, std::integral_constant<int64_t, 1>())
+                        : num_others(row, stride)) == 0;
+  });
 }
 
 int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, DType dtype, bool has_dropout) {

@@ -15,6 +15,8 @@ int64_t MoloraBackwardWorkspace(const MoloraSizes& sizes);
 
 // Whether no entry differs from 0; of a trained b the first one tells. The matrix must be valid.
 bool IsZero(const Matrix& matrix, int64_t num_rows, int64_t num_columns);
+// Whether no entry is NaN or infinite, or would be when rounded to bf16. The matrix must be valid.
+bool IsFinite(const Matrix& matrix, int64_t num_rows, int64_t num_columns);
 
 // The arguments must be valid (`Invalid`), the variant runnable.
 void RunMolora(const MoloraForward& forward, Variant variant, int64_t num_threads);

@@ -222,7 +222,7 @@ class BackwardRun {
       for (int64_t e = 0, j = 0; e < sizes_.num_experts; ++e) {
         const float scale = backward_.scaling * probs[e + 1];
         for (const int64_t end = j + rank; j < end; ++j) {
-          u_of_tokens_.Put(t, j, Words::Of(ToFloat(h[j]) * scale));
+          u_of_tokens_.Put(t, j, Words::Of(IfKept(probs[e + 1], ToFloat(h[j]) * scale)));
         }
       }
     }

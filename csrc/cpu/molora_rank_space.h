@@ -5,8 +5,10 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "cpu/molora_passes.h"
+#include "top_k.h"
 
 namespace citi {
 namespace {
@@ -59,6 +61,24 @@ inline void Softmax(const float* logits, int64_t n, float* probs) {
   for (int64_t i = 0; i < n; ++i) probs[i] /= sum;
 }
 
+// Probabilities of a token, those of dropped experts marked.
+inline void Probabilities(const MoloraForward& forward, const float* logits, float* probs) {
+  const int64_t n = forward.sizes.num_gates();
+  if (forward.top_k == 0) return Softmax(logits, n, probs);
+  constexpr int kWords = CeilDiv(kMaxStackedRank + 1, 64);
+  const auto kept =
+      KeptEntries<kWords>(logits, static_cast<int>(n), static_cast<int>(forward.top_k));
+  float those_summed[kMaxStackedRank + 1];
+  for (int64_t g = 0; g < n; ++g) {
+    const bool is_summed = !forward.renormalizes || kept.Has(static_cast<int>(g));
+    those_summed[g] = is_summed ? logits[g] : -std::numeric_limits<float>::infinity();
+  }
+  Softmax(those_summed, n, probs);
+  for (int64_t g = 0; g < n; ++g) {
+    if (!kept.Has(static_cast<int>(g))) probs[g] = Marked(probs[g]);
+  }
+}
+
 // 1 / (1 - p), which all inputs of the ranks have; 1 without dropout.
 inline float InverseKeep(const std::optional<Dropout>& dropout) {
   return dropout ? dropout->inverse_keep : 1.0f;
@@ -75,7 +95,7 @@ void Route(const MoloraForward& forward, const float* dots, const float* logits,
   float probs_here[kMaxStackedRank + 1];
   if (h != nullptr) h += token * sizes.stacked_rank;
   probs = probs == nullptr ? probs_here : probs + token * sizes.num_gates();
-  Softmax(logits, sizes.num_gates(), probs);
+  Probabilities(forward, logits, probs);
   const float inverse_keep = InverseKeep(forward.dropout);
   const int64_t rank = sizes.stacked_rank / sizes.num_experts;
   for (int64_t e = 0, j = 0; e < sizes.num_experts; ++e) {
@@ -83,7 +103,7 @@ void Route(const MoloraForward& forward, const float* dots, const float* logits,
     for (const int64_t end = j + rank; j < end; ++j) {
       const X h_j = Rounded<X>(dots[j] * inverse_keep);
       if (h != nullptr) h[j] = h_j;
-      put(j, ToFloat(h_j) * scale);
+      put(j, IfKept(probs[e + 1], ToFloat(h_j) * scale));
     }
   }
 }
@@ -103,15 +123,19 @@ struct RankGradient {
     const X* h = static_cast<const X*>(backward.h.data) + token * sizes.stacked_rank;
     const float* probs = static_cast<const float*>(backward.probs.data) + token * num_gates;
     float* dgate = dz + sizes.stacked_rank;
+    const float* given = static_cast<const float*>(backward.dgate.data);
     for (int64_t i = 0; i < num_gates; ++i) {
-      const float* given = static_cast<const float*>(backward.dgate.data);
-      dgate[i] = given == nullptr ? 0.0f : given[token * num_gates + i];
+      dgate[i] = given == nullptr ? 0.0f : IfKept(probs[i], given[token * num_gates + i]);
     }
     const int64_t rank = sizes.stacked_rank / sizes.num_experts;
     const float inverse_keep = InverseKeep(backward.dropout);
     for (int64_t e = 0, j = 0; e < sizes.num_experts; ++e) {
       float dot = 0.0f;
       const float scale = backward.scaling * probs[e + 1] * inverse_keep;
+      if (IsMarked(probs[e + 1])) {
+        for (const int64_t end = j + rank; j < end; ++j) dz[j] = 0.0f;
+        continue;
+      }
       for (const int64_t end = j + rank; j < end; ++j) {
         const float du_j = du == nullptr ? 0.0f : du[j];
         dot += ToFloat(h[j]) * du_j;
@@ -121,7 +145,7 @@ struct RankGradient {
     }
     float mean = 0.0f;
     for (int64_t i = 0; i < num_gates; ++i) mean += probs[i] * dgate[i];
-    for (int64_t i = 0; i < num_gates; ++i) dgate[i] = probs[i] * (dgate[i] - mean);
+    for (int64_t i = 0; i < num_gates; ++i) dgate[i] = std::fabs(probs[i]) * (dgate[i] - mean);
   }
 };
 

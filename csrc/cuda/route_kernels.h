@@ -4,14 +4,14 @@
 //   h    = z[:R] / (1 - p)           rounded
 //   u    = scaling * h ⊙ repeat(gate[1:], r)
 //
-// A marked probability has the sign bit set: one tensor says both. A NaN is never marked.
-// T tokens, R stacked rank, R_pad R rounded up to 8, G gate entries (E + 1).
+// Marks: top_k.h. T tokens, R stacked rank, R_pad R rounded up to 8, G gate entries (E + 1).
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/pipeline.h"
 #include "dtype.h"
+#include "top_k.h"
 
 namespace citi {
 
@@ -28,62 +28,23 @@ struct RouteLaunch {
   float scaling, inverse_keep;
 };
 
-// In the order in which torch.sort has fp32: NaN the largest, -0 equal to 0.
-CITI_HOST_DEVICE static inline int32_t Sortable(float logit) {
-  if (logit != logit) return 0x7fffffff;
-  if (logit == 0.0f) return 0;
-  const auto bits = static_cast<int32_t>(BitsOfFloat(logit));
-  return bits < 0 ? bits ^ 0x7fffffff : bits;
-}
-
-CITI_HOST_DEVICE static inline bool IsMarked(float prob) {
-  return (BitsOfFloat(prob) & 0x80000000u) != 0 && prob == prob;
-}
-
-CITI_HOST_DEVICE static inline float Marked(float prob) {
-  return prob == prob ? FloatOfBits(BitsOfFloat(prob) | 0x80000000u) : prob;
-}
-
-CITI_HOST_DEVICE static inline float IfKept(float gate, float value) {
-  return IsMarked(gate) ? 0.0f : value;
-}
-
-// Bit g: gate entry g is kept; the backbone always is. Ties go to the lowest index. Logits are
-// anything with [g].
-template <class Logits>
-__device__ inline uint64_t KeptEntries(Logits logits, int num_gates, int top_k) {
-  if (top_k == 0) return ~uint64_t{0};
-  uint64_t kept = 1;
-  for (int choice = 0; choice < top_k; ++choice) {
-    int best = 0;
-    int32_t largest = 0;
-    for (int g = 1; g < num_gates; ++g) {
-      if ((kept >> g & 1) != 0) continue;
-      const int32_t image = Sortable(logits[g]);
-      if (best == 0 || image > largest) best = g, largest = image;
-    }
-    kept |= uint64_t{1} << best;
-  }
-  return kept;
-}
-
 // Logits become marked probabilities, in place.
 template <class Logits>
 __device__ inline void Softmax(const RouteLaunch& r, Logits logits) {
-  const uint64_t kept = KeptEntries(logits, r.num_gates, r.top_k);
-  const uint64_t summed = r.renormalizes ? kept : ~uint64_t{0};
+  const GateSet<1> kept = KeptEntries<1>(logits, r.num_gates, r.top_k);
+  const GateSet<1> summed = r.renormalizes ? kept : GateSet<1>{{~uint64_t{0}}};
   float largest = logits[0];
   for (int g = 1; g < r.num_gates; ++g) {
-    if ((summed >> g & 1) != 0) largest = fmaxf(largest, logits[g]);
+    if (summed.Has(g)) largest = fmaxf(largest, logits[g]);
   }
   float sum = 0.0f;
   for (int g = 0; g < r.num_gates; ++g) {
-    logits[g] = (summed >> g & 1) != 0 ? expf(logits[g] - largest) : 0.0f;
+    logits[g] = summed.Has(g) ? expf(logits[g] - largest) : 0.0f;
     sum += logits[g];
   }
   for (int g = 0; g < r.num_gates; ++g) {
     const float prob = logits[g] / sum;
-    logits[g] = (kept >> g & 1) != 0 ? prob : Marked(prob);
+    logits[g] = kept.Has(g) ? prob : Marked(prob);
   }
 }
 

@@ -135,8 +135,7 @@ def test_scattermoe_experts_compute_molora_with_top_k(monkeypatch: pytest.Monkey
 def test_a_row_of_scattermoe_is_timed_with_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     functions = {"flatten_sort_count": flatten_sort_count, "parallel_linear": parallel_linear}
     install(monkeypatch, "scattermoe", **functions)
-    monkeypatch.setitem(routing.TOP_K_SIZES, "cpu", (Shape(32, 32, 24), 4, 8))
-    row = routing._make_top_k("fp32", "cpu", ())["ScatterMoE"]
+    row = routing._make_top_k((Shape(32, 32, 24), 4, 8), "fp32", "cpu", ())["ScatterMoE"]
     y = row.forward()
     assert y.shape == (32, 24)
     row.backward(y)

@@ -47,15 +47,20 @@ def anew(case: MoLoRACase, **options: object) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("changes", [{}, {"bias": False}, {"weight": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"bias": False}, {"weight": False}, {"top_k": 2}, {"top_k": 1, "renormalize": True}],
+    ids=str,
+)
 def test_a_repeated_call_changes_no_bit_and_runs_no_check(
     dtype: torch.dtype, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    options = {name: changes[name] for name in changes if name in ("top_k", "renormalize")}
     case = case_of(dtype=dtype, **changes)
-    first = output(case)
+    first = output(case, **options)
     assert len(molora_linear_few._known) == 1
     monkeypatch.delattr("citi_kernels.ops.molora_linear.run_eager")
-    again = output(case)
+    again = output(case, **options)
     assert torch.equal(again, first)
     assert again.data_ptr() != first.data_ptr()
     assert (again.dtype, again.shape, again.stride()) == (first.dtype, first.shape, first.stride())
@@ -134,7 +139,18 @@ def test_other_backends_modes_and_settings_are_other_calls() -> None:
     ids = torch.zeros(3, dtype=torch.int64)
     _, sums = molora_linear(*case.operands, **OPTIONS, segment_ids=ids, num_segments=1)
     assert sums.shape == (1, 5)
-    assert len(molora_linear_few._known) == 2
+    assert len(molora_linear_few._known) == 3
+
+
+def test_dropped_experts_that_are_not_finite_stay_out_of_known_calls_too() -> None:
+    case = case_of()
+    y, last = output(case, top_k=1), slice(24, 32)
+    case.router[4] = -case.x.mean(0) * 10  # no token's choice
+    y = output(case, top_k=1)
+    case.b[:, last] = float("nan")
+    torch.testing.assert_close(output(case, top_k=1), y)
+    case.b[:, last] = 0.5
+    assert torch.equal(output(case, top_k=1), y)
 
 
 def test_gradients_are_those_of_a_call_that_is_not_known() -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from citi_kernels import compiled, environment, molora_linear, use_backend
 from citi_kernels.ops import molora_linear_native
-from citi_kernels.ops.molora_linear_contract import Settings
 from citi_kernels.tensor_memory import TensorMemory
 from citi_kernels.testing import MoLoRACase, check_molora_linear, evaluate, random_case
 
@@ -172,17 +171,56 @@ def _without_features(dtype: torch.dtype):
     return replace(case, **{n: getattr(case, n)[:, :0] for n in ("x", "weight", "a", "router")})
 
 
-def test_the_kernels_run_up_to_a_rank_for_dense_routing() -> None:
-    def path(rank: int = 32, dtype: torch.dtype = torch.bfloat16, **changes: object) -> str:
-        settings = Settings(4, 1.0, None, False, None, 0, 0.0, None)._replace(**changes)
-        return molora_linear_native.path(rank, dtype, settings)
-
-    most = molora_linear_native.MAX_STACKED_RANK
+def test_the_kernels_run_up_to_a_rank() -> None:
+    path, most = molora_linear_native.path, molora_linear_native.MAX_STACKED_RANK
     assert most <= compiled.extension().molora_max_stacked_rank
-    assert path() == path(most) == path(dtype=torch.float32) == path(top_k=4) == "fused"
-    assert path(dropout_p=0.1, dropout_seed=SEED) == "fused"
-    assert path(most + 1) == path(dtype=torch.float16) == path(dtype=torch.float64) == "library"
-    assert path(top_k=2) == "library"
+    assert path(32, torch.bfloat16) == path(most, torch.float32) == "fused"
+    others = (most + 1, torch.bfloat16), (32, torch.float16), (32, torch.float64)
+    assert {path(*each) for each in others} == {"library"}
+
+
+@pytest.mark.parametrize("options", [{}, {"renormalize": True}], ids=["kept", "renormalized"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("num_tokens", [2, 11, 40])
+@each_dtype
+def test_what_is_not_finite_reaches_the_tokens_that_keep_its_expert_alone(
+    dtype: torch.dtype, num_tokens: int, name: str, value: float, options: dict
+) -> None:
+    case = random_case(num_tokens, 40, 24, dtype=dtype, top_k=1, num_segments=1, **options)
+    case.x[1] = -case.x[0]  # which keep different experts
+    expert = F.linear(case.x[0].float(), case.router.float())[1:].argmax()
+    broken = replace(case, **{name: getattr(case, name).clone()})
+    row = 8 * expert
+    getattr(broken, name)[(row, 3) if name == "a" else (3, row)] = value
+    clean, ours = evaluate(molora_linear, case), evaluate(molora_linear, broken)
+    with torch.no_grad():
+        y, _ = molora_linear(*broken.operands, **broken.options)
+    with use_backend("torch"):
+        expected = evaluate(molora_linear, broken)
+    for each in ("y", "dx", "da", "db", "drouter"):
+        assert torch.equal(ours[each].isfinite(), expected[each].isfinite()), each
+    is_reached_T = ~ours["y"].isfinite().all(1)
+    assert 0 < is_reached_T.sum() < num_tokens
+    for each in ("y", "dx"):
+        # the experts are computed one by one then
+        torch.testing.assert_close(
+            ours[each][~is_reached_T], clean[each][~is_reached_T], rtol=2e-2, atol=2e-2
+        )
+    torch.testing.assert_close(y, ours["y"], equal_nan=True)
+
+
+def test_a_number_that_rounding_makes_infinite_is_not_finite() -> None:
+    case = random_case(12, 40, 24, dtype=torch.bfloat16, parameter_dtype=torch.float32, top_k=1)
+    wide = random_case(12, 40, 24, parameter_dtype=torch.float64, top_k=1)
+    for each, large in ((case, 3.4e38), (wide, 1e300)):
+        each.b[0, 8] = large
+        y, _ = molora_linear(*each.operands, **each.options)
+        assert 0 < y[:, 0].isfinite().sum() < 12
+        assert y[:, 1:].isfinite().all()
+    fine = random_case(12, 40, 24, top_k=1)
+    fine.b[0, 8] = 3.4e38  # a number in fp32
+    assert evaluate(molora_linear, fine)["y"][:, 1:].isfinite().all()
 
 
 @pytest.mark.parametrize("r", [16, 32, 33])

@@ -141,6 +141,7 @@ def molora_forward(
     dropout: tuple | None = None,
     num_tokens: int = _MANY,
     has_weight: bool = False,
+    top_k: int = 1,
 ) -> _Target:
     shape = (num_tokens, *_MOLORA_SIZES)
     code = extension.DTYPES["float32"]
@@ -150,6 +151,7 @@ def molora_forward(
     names += " weight bias" if has_weight else ""
     target = _molora(function, num_tokens, size, names, outputs, code, dropout)
     target.valid.update({"has_base": False} if has_weight else {"weight": None, "bias": None})
+    target.valid.update(top_k=top_k, renormalizes=True)
     return target
 
 
@@ -165,7 +167,7 @@ def main(num_calls: int, seed: int = 0) -> None:
     """Prints, for each function, how many calls were refused and how many were not."""
     extension, generator = compiled.extension(), random.Random(seed)
     few = (
-        molora_forward(extension, num_tokens=num_tokens, has_weight=has_weight)
+        molora_forward(extension, num_tokens=num_tokens, has_weight=has_weight, top_k=0)
         for num_tokens in _FEW
         for has_weight in (False, True)
     )

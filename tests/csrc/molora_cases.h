@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,12 @@
 
 namespace citi {
 
+// How many experts a token keeps, 0 for all, and whether their gates sum to 1 with the backbone's.
+struct TopK {
+  int64_t num_kept;
+  bool renormalizes;
+};
+
 struct MoloraCase {
   MoloraSizes sizes;
   DType dtype, parameter_dtype;
@@ -18,6 +25,7 @@ struct MoloraCase {
   bool has_base;
   std::optional<Dropout> dropout = std::nullopt;
   bool has_weight = false;  // in place of a base
+  TopK top_k = {0, false};
 
   std::string Name() const {
     std::string name = "T K N E R";
@@ -28,9 +36,17 @@ struct MoloraCase {
     return name + ", dtypes " + std::to_string(static_cast<int>(dtype)) + " " +
            std::to_string(static_cast<int>(parameter_dtype)) + ", layout " +
            std::to_string(static_cast<int>(layout)) + (has_base ? "" : ", no base") +
-           (dropout ? ", dropout" : "") + (has_weight ? ", weight" : "");
+           (dropout ? ", dropout" : "") + (has_weight ? ", weight" : "") + ", top " +
+           std::to_string(top_k.num_kept) + (top_k.renormalizes ? ", renormalized" : "");
   }
 };
+
+// A number that bf16 has exactly.
+inline void PutExact(DType dtype, float value, void* to) {
+  uint16_t halves[2];
+  std::memcpy(halves, &value, sizeof value);
+  std::memcpy(to, dtype == DType::kFloat32 ? halves : halves + 1, SizeOf(dtype));
+}
 
 using Values = std::vector<std::vector<double>>;
 
@@ -83,6 +99,8 @@ class MoloraProblem {
   MoloraForward Forward() {
     return {sizes_,
             kScaling,
+            case_.top_k.num_kept,
+            case_.top_k.renormalizes,
             case_.dropout,
             x.AsMatrix(),
             a.AsMatrix(),
@@ -114,6 +132,17 @@ class MoloraProblem {
             db.AsVector(),
             drouter.AsVector(),
             backward_workspace.AsVector()};
+  }
+
+  // Every token's largest logit of an expert becomes that of `expert`.
+  void PreferExpert(int64_t expert) {
+    for (int64_t g = 0; g < G(); ++g) {
+      for (int64_t k = 0; k < sizes_.num_in; ++k) {
+        const float preference = g == expert + 1 ? 1.0f : -1.0f;
+        PutExact(router.dtype(), k == 0 && g > 0 ? preference : 0.0f, router.At(g, k));
+      }
+    }
+    for (int64_t t = 0; t < T(); ++t) PutExact(x.dtype(), 1.0f, x.At(t, 0));
   }
 
   // The name of the first output that is not the truth, or "". h and the gates are held to x, a
@@ -202,7 +231,12 @@ class MoloraProblem {
     const uint32_t hash = HashOfToken(*case_.dropout, t);
     return Keeps(*case_.dropout, hash, k) ? double{case_.dropout->inverse_keep} : 0.0;
   }
-  double Gate(int64_t t, int64_t r) { return probs.Get(t, ExpertOf(r) + 1); }
+  // A mark is the sign.
+  bool IsKept(int64_t t, int64_t g) { return !std::signbit(probs.Get(t, g)); }
+  double Gate(int64_t t, int64_t r) {
+    const int64_t g = ExpertOf(r) + 1;
+    return IsKept(t, g) ? probs.Get(t, g) : 0.0;
+  }
   double U(int64_t t, int64_t r) { return double{kScaling} * Gate(t, r) * h.Get(t, r); }
 
   // Errors of fp32 sums, or four of bf16's: a parameter, u or dz, h or a gate, the result.
@@ -213,8 +247,11 @@ class MoloraProblem {
 
   Truth RankGradient(int64_t t) {
     Truth dgate_truth(1, G()), dz(1, R() + G());
-    for (int64_t g = 0; g < G(); ++g) dgate_truth.Add(0, g, dgate.Get(t, g));
+    for (int64_t g = 0; g < G(); ++g) {
+      if (IsKept(t, g)) dgate_truth.Add(0, g, dgate.Get(t, g));
+    }
     for (int64_t r = 0; r < R(); ++r) {
+      if (!IsKept(t, ExpertOf(r) + 1)) continue;
       double du = 0.0, scale = 0.0;
       for (int64_t n = 0; n < sizes_.num_out; ++n) {
         du += dy.Get(t, n) * b.Get(n, r);
@@ -226,12 +263,13 @@ class MoloraProblem {
     }
     double mean = 0.0, mean_scale = 0.0;
     for (int64_t g = 0; g < G(); ++g) {
-      mean += probs.Get(t, g) * dgate_truth.value[0][g];
-      mean_scale += probs.Get(t, g) * dgate_truth.scale[0][g];
+      mean += std::fabs(probs.Get(t, g)) * dgate_truth.value[0][g];
+      mean_scale += std::fabs(probs.Get(t, g)) * dgate_truth.scale[0][g];
     }
     for (int64_t g = 0; g < G(); ++g) {
-      dz.Add(0, R() + g, probs.Get(t, g) * (dgate_truth.value[0][g] - mean),
-             probs.Get(t, g) * (dgate_truth.scale[0][g] + mean_scale));
+      const double prob = std::fabs(probs.Get(t, g));
+      dz.Add(0, R() + g, prob * (dgate_truth.value[0][g] - mean),
+             prob * (dgate_truth.scale[0][g] + mean_scale));
     }
     return dz;
   }
@@ -249,17 +287,34 @@ class MoloraProblem {
         largest = std::max(largest, logits[g]);
         scale = std::max(scale, absolute);
       }
-      for (const double logit : logits) sum += std::exp(logit - largest);
       // A router in fp32 is rounded to bf16 beside such x.
       const bool is_rounded =
           case_.dtype == DType::kBFloat16 && case_.parameter_dtype == DType::kFloat32;
-      const double epsilon = is_rounded ? 0x1p-6 : 0x1p-19;
+      const double allowed = (is_rounded ? 0x1p-6 : 0x1p-19) * scale;
+      if (!KeepsTheLargest(t, logits, allowed)) return false;
+      const auto is_summed = [&](int64_t g) { return !case_.top_k.renormalizes || IsKept(t, g); };
       for (int64_t g = 0; g < G(); ++g) {
-        const double error = probs.Get(t, g) - std::exp(logits[g] - largest) / sum;
-        if (!(std::fabs(error) <= epsilon * scale)) return false;
+        if (is_summed(g)) sum += std::exp(logits[g] - largest);
+      }
+      for (int64_t g = 0; g < G(); ++g) {
+        const double truth = is_summed(g) ? std::exp(logits[g] - largest) / sum : 0.0;
+        if (!(std::fabs(std::fabs(probs.Get(t, g)) - truth) <= allowed)) return false;
       }
     }
     return true;
+  }
+
+  // The backbone, and so many experts as are wanted; none that was dropped is larger.
+  bool KeepsTheLargest(int64_t t, const std::vector<double>& logits, double allowed) {
+    int64_t num_kept = 0;
+    double least_kept = 1e300, largest_dropped = -1e300;
+    for (int64_t g = 1; g < G(); ++g) {
+      num_kept += IsKept(t, g) ? 1 : 0;
+      if (IsKept(t, g)) least_kept = std::min(least_kept, logits[g]);
+      if (!IsKept(t, g)) largest_dropped = std::max(largest_dropped, logits[g]);
+    }
+    const int64_t wanted = case_.top_k.num_kept > 0 ? case_.top_k.num_kept : sizes_.num_experts;
+    return IsKept(t, 0) && num_kept == wanted && largest_dropped <= least_kept + 2 * allowed;
   }
 
   bool IsAccurate(TestMatrix& ours, const Truth& truth) const {

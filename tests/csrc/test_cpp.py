@@ -15,7 +15,7 @@ TOOLS = ("cmake", "ctest", "ninja", "c++")
 PROGRAM = "#include <thread>\nint main() { std::thread([] {}).join(); }\n"
 
 
-def run(*command: str | Path, limit: int = 600) -> subprocess.CompletedProcess:
+def run(*command: str | Path, limit: int = 1800) -> subprocess.CompletedProcess:
     return subprocess.run(
         list(map(str, command)),
         stdout=subprocess.PIPE,

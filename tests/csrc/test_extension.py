@@ -315,6 +315,9 @@ def test_molora_names_the_tensor_that_is_short_misaligned_or_of_another_dtype(
         overlapping = _changed(target.valid, name, 0, target.valid["a"][0])
         with pytest.raises(ValueError, match=r"must not overlap|must stay within"):
             target.function(**overlapping)
+    if "top_k" in target.valid:
+        with pytest.raises(ValueError, match=r"^top_k: must be in \[0, 2\], got 3"):
+            target.function(**target.valid | {"top_k": 3})
     for name, value in (("shape", (11, 8, 10, 2)), ("scaling", "1"), ("has_base", 1)):
         with pytest.raises(TypeError, match="incompatible function arguments"):
             target.function(**target.valid | {name: value})

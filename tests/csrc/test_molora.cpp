@@ -1,6 +1,7 @@
 // MOLoRA on the CPU: values against naive loops; threads, layouts and repeats bit by bit.
 
 #include <cstring>
+#include <utility>
 
 #include "checks.h"
 #include "molora_cases.h"
@@ -14,6 +15,8 @@ constexpr MoloraSizes kSizes[] = {{1, 1, 1, 1, 1},      {7, 19, 53, 3, 15},  {33
                                   {34, 16, 48, 2, 64},  {1, 1000, 150, 4, 32}, {2, 47, 1100, 3, 33},
                                   {3, 16, 31, 1, 5},    {8, 330, 290, 2, 128},
                                   {9, 141, 70, 3, 33},  {16, 600, 270, 4, 32}};
+
+constexpr TopK kTopK[] = {{1, false}, {2, true}, {66, false}};
 
 // A quarter is dropped.
 constexpr Dropout kDropout{0x12345678u, 0x9abcdefu, 0x40000000u, 4.0f / 3.0f};
@@ -56,9 +59,18 @@ void CheckValues() {
           const bool has_base = ++number % 3 != 0;
           CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, has_base}, variant);
           CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, has_base, kDropout}, variant);
+          const TopK& top_k = kTopK[number / 2 % 3];
+          if (top_k.num_kept < sizes.num_experts) {
+            MoloraCase sparse{sizes, dtype, parameter_dtype, Layout::kDense, has_base};
+            if (number % 2 == 0) sparse.dropout = kDropout;
+            sparse.top_k = top_k;
+            CheckCase(sparse, variant);
+          }
           if (sizes.num_tokens > MostFewTokens(dtype)) continue;
-          CheckCase({sizes, dtype, parameter_dtype, Layout::kDense, false, std::nullopt, true},
-                    variant);
+          MoloraCase weighted{sizes, dtype, parameter_dtype, Layout::kDense, false, std::nullopt, true};
+          CheckCase(weighted, variant);
+          weighted.top_k = {1, false};
+          if (sizes.num_experts > 1) CheckCase(weighted, variant);
         }
       }
     }
@@ -98,6 +110,55 @@ void CheckSubsets(const std::optional<Dropout>& dropout) {
         CHECK(wants_nan(1, some.dx) && wants_nan(2, some.da) && wants_nan(4, some.db) &&
                   wants_nan(8, some.drouter),
               "subset " + std::to_string(subset) + ": not what was asked for is written");
+      }
+    }
+  }
+}
+
+// Nothing of an expert that a token drops reaches it, and nothing of what it sends back reaches the
+// expert; beside an a of NaN in the forward, and an h, a dy b and gate sums' gradients of NaN in the
+// backward. Whether gates of dropped experts were renormalized away or not.
+void CheckDropped() {
+  for (const MoloraSizes& sizes : {MoloraSizes{3, 30, 20, 3, 6}, MoloraSizes{11, 30, 20, 3, 6},
+                                   MoloraSizes{40, 30, 20, 3, 6}}) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      for (const Variant variant : RunnableVariants()) {
+        MoloraCase molora_case{sizes, dtype, dtype, Layout::kRowsApart, true};
+        molora_case.top_k = {1, variant == Variant::kPortable};
+        MoloraProblem clean(molora_case), broken(molora_case);
+        for (MoloraProblem* each : {&clean, &broken}) each->PreferExpert(1);
+        RunBoth(&clean, variant, 1);
+        for (int64_t k = 0; k < sizes.num_in; ++k) PutNan(dtype, broken.a.At(5, k));
+        RunMolora(broken.Forward(), variant, 2);
+        // every h of that row is NaN; a must be finite in the backward
+        MoloraBackward backward = broken.Backward();
+        backward.a = clean.a.AsMatrix();
+        for (int64_t n = 0; n < sizes.num_out; ++n) PutNan(dtype, broken.b.At(n, 5));
+        for (int64_t t = 0; t < sizes.num_tokens; ++t) {
+          CHECK(std::isnan(broken.h.Get(t, 5)), "h of a dropped expert is not NaN");
+          PutNan(dtype, broken.h.At(t, 4));
+          PutNan(DType::kFloat32, broken.dgate.At(t, 3));
+        }
+        RunMolora(backward, variant, 2);
+        const auto is_same = [&](TestMatrix& ours, TestMatrix& others) {
+          for (int64_t i = 0; i < ours.rows(); ++i) {
+            for (int64_t j = 0; j < ours.columns(); ++j) {
+              if (!(ours.Get(i, j) == others.Get(i, j))) return false;
+            }
+          }
+          return true;
+        };
+        CHECK(is_same(clean.y, broken.y), "y sees a dropped expert");
+        CHECK(is_same(clean.probs, broken.probs), "probs see a dropped expert");
+        CHECK(is_same(clean.dx, broken.dx), "dx sees a dropped expert");
+        CHECK(is_same(clean.da, broken.da), "da sees a dropped expert");
+        CHECK(is_same(clean.db, broken.db), "db sees a dropped expert");
+        CHECK(is_same(clean.drouter, broken.drouter), "drouter sees a dropped expert");
+        for (const int64_t row : {0, 1, 4, 5}) {
+          for (int64_t k = 0; k < sizes.num_in; ++k) {
+            CHECK(broken.da.Get(row, k) == 0.0, "a dropped expert has a gradient");
+          }
+        }
       }
     }
   }
@@ -241,6 +302,29 @@ void CheckZeros() {
   }
 }
 
+void CheckFinite() {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const Layout layout : kLayouts) {
+      for (const auto& [row, column] : {std::pair{0, 20}, std::pair{36, 0}}) {
+        TestMatrix matrix(37, 21, dtype, layout, 12);
+        CHECK(IsFinite(matrix.AsMatrix(), 37, 21), "random numbers are not finite");
+        const auto put = [&](uint32_t bits) {
+          const uint16_t halves[2] = {static_cast<uint16_t>(bits), static_cast<uint16_t>(bits >> 16)};
+          std::memcpy(matrix.At(row, column), dtype == DType::kFloat32 ? halves : halves + 1,
+                      SizeOf(dtype));
+          return IsFinite(matrix.AsMatrix(), 37, 21);
+        };
+        CHECK(!put(0xff800000u) && !put(0x7f800000u), "infinity is finite");
+        CHECK(put(0xff7f7fffu) && put(0x7f7f0000u), "a large number is not finite");
+        CHECK(put(0x7f7f8000u) == (dtype == DType::kBFloat16), "rounded to infinity");
+        PutNan(dtype, matrix.At(row, column));
+        CHECK(!IsFinite(matrix.AsMatrix(), 37, 21), "NaN is finite");
+        CHECK(IsFinite(matrix.AsMatrix(), 0, 21), "no row is not finite");
+      }
+    }
+  }
+}
+
 void CheckRefusals() {
   MoloraProblem problem({{9, 6, 7, 2, 4}, DType::kBFloat16, DType::kFloat32, Layout::kDense, true});
   const int64_t num_forward = MoloraForwardWorkspace({9, 6, 7, 2, 4}, DType::kBFloat16, false);
@@ -284,10 +368,16 @@ void CheckRefusals() {
   refuses_few("bias: dtype", [](auto* f) { f->bias.dtype = DType::kFloat32; });
   refuses_few("bias: must have", [](auto* f) { --f->bias.size; });
   refuses_few("y: must not overlap weight", [](auto* f) { f->weight.data = f->y.data; });
-  Matrix up = problem.b.AsMatrix();
-  CHECK(InvalidUp({9, 6, 7, 2, 4}, up) == "", "b is refused");
+  refuses_forward("top_k: must be in [0, 2], got 3", [](auto* f) { f->top_k = 3; });
+  refuses_forward("top_k: must be in [0, 2], got -1", [](auto* f) { f->top_k = -1; });
+  Matrix down = problem.a.AsMatrix(), up = problem.b.AsMatrix();
+  const auto wrong_factors = [&] { return InvalidFactors({9, 6, 7, 2, 4}, &down, &up); };
+  CHECK(wrong_factors() == "", "a and b are refused");
   --up.num_bytes;
-  CHECK(InvalidUp({9, 6, 7, 2, 4}, up).rfind("b: shape and strides", 0) == 0, "b is too short");
+  CHECK(wrong_factors().rfind("b: shape and strides", 0) == 0, "b is too short");
+  --down.num_bytes;
+  CHECK(wrong_factors().rfind("a: shape and strides", 0) == 0, "a is too short");
+  CHECK(InvalidFactors({9, 6, 7, 2, 4}, nullptr, nullptr) == "", "neither is needed");
   const auto refuses_backward = [&](const std::string& name, const auto& change) {
     MoloraBackward backward = problem.Backward();
     change(&backward);
@@ -318,6 +408,8 @@ int main() {
   citi::CheckTokensOfWeight(citi::kFewTokens, 1, citi::DType::kBFloat16);
   citi::CheckTokensOfWeight(7, 1, citi::DType::kBFloat16);
   citi::CheckZeros();
+  citi::CheckFinite();
+  citi::CheckDropped();
   citi::CheckRefusals();
   return citi::Report();
 }

@@ -8,6 +8,7 @@ Python touches does not.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -31,10 +32,10 @@ from citi_kernels import molora_linear, use_backend
 from citi_kernels.testing import MoLoRACase, random_case
 
 TOP_K = 2
-# shape, experts, rank
+# shape, experts, rank: more ranks than are computed for every token, and as many as are
 TOP_K_SIZES = {
-    "cuda": (Shape(8192, 4096, 4096), 64, 64),
-    "cpu": (Shape(512, 1024, 1024), 16, 16),
+    "cuda": ((Shape(8192, 4096, 4096), 64, 64), (Shape(8192, 4096, 4096), 8, 8)),
+    "cpu": ((Shape(512, 1024, 1024), 16, 16), (Shape(512, 1024, 1024), 8, 8)),
 }
 DECODED_TOKENS = (1, 4, 16, 64)
 DECODED_SIZE = {"cuda": (4096, 4096), "cpu": (1024, 1024)}
@@ -55,8 +56,8 @@ _STANDS_FOR = {
 
 def top_k_suite(settings: Settings) -> Iterator[Group]:
     """Many experts of which each token keeps two."""
-    shape, num_experts, r = TOP_K_SIZES[settings.device]
-    for dtype in settings.dtypes:
+    for dtype, size in itertools.product(settings.dtypes, TOP_K_SIZES[settings.device]):
+        shape, num_experts, r = size
         reasons = {
             _GROUPED: grouped_experts.why_not(),
             _SCATTERED: scattermoe_experts.why_not(settings.device),
@@ -66,7 +67,7 @@ def top_k_suite(settings: Settings) -> Iterator[Group]:
             suite="top-k",
             settings={**shape._asdict(), "E": num_experts, "r": r, "k": TOP_K, "dtype": dtype},
             baseline=FROZEN,
-            make=partial(_make_top_k, dtype, settings.device, tuple(skipped)),
+            make=partial(_make_top_k, size, dtype, settings.device, tuple(skipped)),
             check=partial(
                 check_layer, shape, DTYPES[dtype], settings.device, num_experts, r, top_k=TOP_K
             ),
@@ -101,8 +102,10 @@ def decode_suite(settings: Settings) -> Iterator[Group]:
             )
 
 
-def _make_top_k(dtype: str, device: str, skipped: tuple[str, ...]) -> dict[str, Pass]:
-    shape, num_experts, r = TOP_K_SIZES[device]
+def _make_top_k(
+    size: tuple[Shape, int, int], dtype: str, device: str, skipped: tuple[str, ...]
+) -> dict[str, Pass]:
+    shape, num_experts, r = size
     case = random_case(
         *shape,
         num_experts=num_experts,
@@ -127,9 +130,8 @@ def _make_top_k(dtype: str, device: str, skipped: tuple[str, ...]) -> dict[str, 
         FROZEN: trained_pass(lambda: F.linear(x, weight), [x], [case.dy]),
         OURS: ours(TOP_K),
         "all experts": ours(None),
+        _LOOP: _on_backend("torch", ours(TOP_K)),
     }
-    if device == "cuda":
-        rows[_LOOP] = _on_backend("torch", ours(TOP_K))
     peers = {
         _GROUPED: grouped_experts.grouped_experts,
         _SCATTERED: scattermoe_experts.scattermoe_experts,
