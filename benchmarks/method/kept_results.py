@@ -1,21 +1,15 @@
-"""Results of earlier machines: a finished row is not run again, nor is its search for rates.
+"""Results of earlier machines: a finished row is not run again, nor is a candidate of a search.
 
-A row takes minutes to hours, and machines come and go; result files under version control stay.
-They hold every candidate of a row's search, so that further seeds, and rows that take the same
-rates, go on anywhere; beside them lie the candidates of searches whose rows are not done yet.
+A row takes minutes to hours, and machines come and go; result files under version control stay,
+and beside them the candidates of every search, so that further seeds, and rows that take the same
+rates, go on anywhere.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
-from benchmarks.method.rate_search import candidate_file, write_candidate
-from benchmarks.method.row_config import RowConfig, load_row
 from benchmarks.method.row_result import RowResult
-
-_DOES_NOT_TRAIN = ("title", "description", "rates", "seeds")
 
 
 def difference(result: RowResult, shared: Mapping[str, object]) -> str | None:
@@ -31,22 +25,3 @@ def difference(result: RowResult, shared: Mapping[str, object]) -> str | None:
         "data_sha256": (result.data_sha256, shared["sha256"]),
     }
     return next((key for key, (kept, wanted) in pairs.items() if kept != wanted), None)
-
-
-def restore_search(result: RowResult, folder: Path) -> None:
-    """The candidates of a result's search as `search_rates` would have left them in `folder`.
-
-    Left out: what the row's config no longer tries, or tried by another training; and the search
-    of another row, which that row's own result holds. Files that lie there stay.
-    """
-    row = load_row(result.row)
-    if row.rates_of or _training(result.settings["row"]) != _training(dataclasses.asdict(row)):
-        return
-    for found in result.search:
-        if found["rates"] in row.rates and not candidate_file(folder, row, found["rates"]).exists():
-            write_candidate(folder, row, found)
-
-
-def _training(config: dict) -> dict:
-    fields = {spec.name for spec in dataclasses.fields(RowConfig)} - set(_DOES_NOT_TRAIN)
-    return {name: config.get(name) for name in fields}

@@ -193,11 +193,11 @@ def _tool_lines(rows: Mapping[str, RowSummary]) -> list[str]:
 
 
 def _change_lines(rows: Mapping[str, RowSummary]) -> list[str]:
-    bases = {"vanilla": rows.get("vanilla"), "control": rows.get(CONTROL)}
+    bases = {"vanilla": "vanilla", "control": CONTROL, "LoRA + DM": "lora_dm"}
 
-    def cells(name: str, row: RowSummary) -> list[str]:
+    def cells(_: str, row: RowSummary) -> list[str]:
         return [
-            _NOTHING if base is None else _signed(row.change(base, GENERAL[group]))
+            _signed(row.change(rows[base], GENERAL[group])) if base in rows else _NOTHING
             for base in bases.values()
             for group in GENERAL
         ]

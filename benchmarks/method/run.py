@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.method.data_sets import DataFolder, prepare_data
-from benchmarks.method.kept_results import difference, restore_search
+from benchmarks.method.kept_results import difference
 from benchmarks.method.leaks import check_leaks
 from benchmarks.method.measures import Measuring, measure_sets
 from benchmarks.method.parallel import ParallelError, run_parallel
@@ -146,7 +146,7 @@ def open_comparison(
         keep_models,
         is_repeatable,
     )
-    _take_results(comparison, shared)
+    _refuse_other_results(comparison, shared)
     for folder in folders:
         write_json(folder / _RECORD, {"format": FORMAT, "version": VERSION, **shared})
     return comparison
@@ -166,8 +166,8 @@ def _refuse_other(folder: Path, shared: Mapping[str, object]) -> None:
         )
 
 
-def _take_results(comparison: Comparison, shared: Mapping[str, object]) -> None:
-    """The searches of what lies in the results' folder; refuses results of another comparison."""
+def _refuse_other_results(comparison: Comparison, shared: Mapping[str, object]) -> None:
+    """Raises where the results' folder has one of another comparison at this scale."""
     for kept in load_results(comparison.results):
         if kept.scale != comparison.scale.name:
             continue
@@ -177,7 +177,6 @@ def _take_results(comparison: Comparison, shared: Mapping[str, object]) -> None:
                 f"{comparison.results / kept.file_name} has another {what}; give another "
                 "--results, or remove the file"
             )
-        restore_search(kept, comparison.search)
 
 
 def run_row(

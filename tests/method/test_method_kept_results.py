@@ -9,7 +9,6 @@ import pytest
 from method_cases import TINY, first_rates, open_tiny, without_search
 
 from benchmarks.method import rate_search, run
-from benchmarks.method.kept_results import restore_search
 from benchmarks.method.rate_search import search_rates, try_rates, write_candidate
 from benchmarks.method.row_config import load_row
 from benchmarks.method.row_result import RowResult
@@ -38,7 +37,10 @@ def lora(folder) -> RowResult:
 
 @pytest.fixture
 def kept(lora, tmp_path: Path) -> Path:
+    """A folder of results as a run leaves it, with the candidates of the search."""
     lora.save(tmp_path / "kept")
+    for found in lora.search:
+        write_candidate(tmp_path / "kept" / "search" / TINY.name, load_row("lora"), found)
     return tmp_path / "kept"
 
 
@@ -70,26 +72,6 @@ def test_a_new_row_is_kept_beside_the_others(folder, lora, kept: Path, tmp_path:
     result = run_row(open_tiny(folder, tmp_path / "new", results=kept), load_row("vanilla"), 0)
     assert {path.name for path in kept.glob("*.json")} == {lora.file_name, result.file_name}
     assert not (tmp_path / "new" / "results").exists()
-
-
-def test_what_the_config_no_longer_tries_or_tries_otherwise_is_searched_again(
-    lora, tmp_path: Path
-) -> None:
-    other = {"rates": {"learning_rate": 0.5}, "validation_nll": 0.1, "diverged": False}
-    restore_search(dataclasses.replace(lora, search=[*lora.search[:1], other]), tmp_path / "one")
-    assert len(list((tmp_path / "one").rglob("*.json"))) == 1
-    row = lora.settings["row"] | {"data": "mix"}
-    changed = dataclasses.replace(lora, settings=lora.settings | {"row": row})
-    restore_search(changed, tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-
-
-def test_a_search_that_lies_there_stays(lora, tmp_path: Path) -> None:
-    restore_search(lora, tmp_path)
-    before = {path: path.read_text() for path in tmp_path.rglob("*.json")}
-    worse = [each | {"validation_nll": 9.0} for each in lora.search]
-    restore_search(dataclasses.replace(lora, search=worse), tmp_path)
-    assert {path: path.read_text() for path in tmp_path.rglob("*.json")} == before
 
 
 @pytest.mark.parametrize(
@@ -132,7 +114,7 @@ def test_candidates_lie_beside_the_results_and_are_not_tried_again(
 
 
 def test_a_damaged_result_is_named(folder, kept: Path, tmp_path: Path) -> None:
-    file = next(kept.iterdir())
+    (file,) = kept.glob("*.json")
     file.write_text(file.read_text()[:100])
     with pytest.raises(SavedFileError, match=file.name):
         open_tiny(folder, tmp_path / "new", results=kept)
