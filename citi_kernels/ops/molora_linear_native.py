@@ -270,7 +270,7 @@ def _finite(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _keeps_others(probs_TG: Tensor, columns_R: Tensor) -> Tensor:
-    """(T,) bool: whether a token keeps an expert that has NaN or infinity in its of R columns."""
+    """(T,) bool: whether a token keeps an expert with NaN or infinity in its part of R columns."""
     kept_TE = _kept(probs_TG)
     others_E = (~columns_R.isfinite()).any(0).view(kept_TE.shape[1], -1).any(1)
     return (kept_TE & others_E).any(1)
