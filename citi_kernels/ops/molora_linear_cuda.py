@@ -66,6 +66,7 @@ from citi_kernels.ops.molora_linear_cuda_gradients import (
     takes_extended,
     takes_routed,
 )
+from citi_kernels.ops.top_k_marks import gates_of_marked
 
 # from where on this backend was faster than Triton's (512 tokens: 1.18 of its time)
 MIN_FASTEST_TOKENS = 2048
@@ -143,9 +144,7 @@ def forward(operands: Operands, settings: Settings) -> tuple[Tensor, Saved, Tens
         y_TN, h_TR, probs_TG = _routed(operands, sizes, settings)
     gate_sums_BG = None
     if settings.segment_ids is not None:
-        # a marked probability is below 0 or -0
-        gate_TG = probs_TG.clamp_min(0.0) if settings.is_sparse else probs_TG
-        gate_sums_BG = _sum_gates(gate_TG, settings)
+        gate_sums_BG = _sum_gates(gates_of_marked(probs_TG, settings), settings)
     return y_TN, Saved(h_TR, probs_TG, None), gate_sums_BG
 
 

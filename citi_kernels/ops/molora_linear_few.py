@@ -22,6 +22,7 @@ from citi_kernels import backends, compiled
 from citi_kernels.ops import molora_linear_native as native
 from citi_kernels.ops.molora_linear_contract import Operands, Settings
 from citi_kernels.ops.molora_linear_eager import is_plain_eager, wants_gradient
+from citi_kernels.ops.top_k_marks import top_k_numbers
 
 # a key is about a kilobyte; layers that are moved for each call would add one each time
 _MAX_KNOWN = 4096
@@ -117,7 +118,7 @@ def remember(key: tuple, operands: Operands, settings: Settings) -> None:
         extension.molora_forward,
         shape=shape,
         scaling=settings.scaling,
-        **native.top_k_numbers(settings),
+        **top_k_numbers(settings),
         dropout=None,
         a=matrix(a_RK),
         b=b,

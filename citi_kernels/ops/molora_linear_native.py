@@ -37,6 +37,7 @@ from citi_kernels import compiled
 from citi_kernels.ops import molora_linear_reference as definition
 from citi_kernels.ops import molora_linear_torch
 from citi_kernels.ops.molora_linear_contract import Needs, Operands, Saved, Settings
+from citi_kernels.ops.top_k_marks import gates_of_marked, kept_experts, top_k_numbers
 
 MAX_STACKED_RANK = 128
 DTYPES = (torch.float32, torch.bfloat16)
@@ -151,7 +152,7 @@ def workspace_size(shape: tuple[int, ...], dtype: torch.dtype, *, has_dropout: b
 def _gate_sums(probs_TG: Tensor, settings: Settings) -> Tensor | None:
     if settings.segment_ids is None:
         return None
-    gate_TG = probs_TG.clamp_min(0.0) if settings.is_sparse else probs_TG
+    gate_TG = gates_of_marked(probs_TG, settings)
     return definition.sum_over_segments(gate_TG, settings.segment_ids, settings.num_segments)
 
 
@@ -271,15 +272,9 @@ def _finite(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _keeps_others(probs_TG: Tensor, columns_R: Tensor) -> Tensor:
     """(T,) bool: whether a token keeps an expert with NaN or infinity in its part of R columns."""
-    kept_TE = _kept(probs_TG)
+    kept_TE = kept_experts(probs_TG)
     others_E = (~columns_R.isfinite()).any(0).view(kept_TE.shape[1], -1).any(1)
     return (kept_TE & others_E).any(1)
-
-
-def _kept(probs_TG: Tensor) -> Tensor:
-    """(T, E) bool, from the signs."""
-    probs_TE = probs_TG[:, 1:]
-    return ~probs_TE.signbit() | probs_TE.isnan()
 
 
 def _forward_by_expert(
@@ -308,18 +303,12 @@ def _backward_by_expert(
     gradients = _fused_backward(*incoming, finite, saved, settings, needs)
     only_x = Needs(True, False, False, False, False, False)
     by_expert = Saved(
-        saved.h.T.contiguous(), saved.probs.T.abs().contiguous(), _kept(saved.probs).T
+        saved.h.T.contiguous(), saved.probs.T.abs().contiguous(), kept_experts(saved.probs).T
     )
     others_TK = molora_linear_torch.backward(*incoming, operands, by_expert, settings, only_x).x
     keeps_T = _keeps_others(saved.probs, a_RK.to(dtype).T)
     dx_TK = torch.where(keeps_T[:, None], others_TK, gradients.x)
     return gradients._replace(x=dx_TK)
-
-
-def top_k_numbers(settings: Settings) -> dict[str, int | bool]:
-    """As `_C` takes the choice of experts: 0 where all are kept."""
-    top_k = settings.top_k if settings.is_sparse else 0
-    return {"top_k": top_k, "renormalizes": settings.renormalize}
 
 
 def shape_of(num_tokens: int, a_RK: Tensor, b_NR: Tensor, settings: Settings) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from citi_kernels import compiled, environment
 from citi_kernels.ops.molora_linear_contract import Settings
 from citi_kernels.ops.molora_linear_reference import dropout_numbers
 from citi_kernels.ops.side_stream import Beside
+from citi_kernels.ops.top_k_marks import top_k_numbers
 
 # beyond it the parts of du that one pass over dy leaves are as large as dy
 MAX_RANK_OF_ONE_PASS = 32
@@ -142,8 +143,7 @@ def shrink_route(
         u=compiled.vector(u_TP),
         probs=compiled.vector(probs_TG),
         parts=compiled.vector(parts_CTZ),
-        top_k=settings.top_k if settings.is_sparse else 0,
-        renormalizes=settings.is_sparse and settings.renormalize,
+        **top_k_numbers(settings),
         scaling=settings.scaling,
         dropout=_dropout(settings),
         **compiled.launch_place(x_TK),

@@ -67,7 +67,8 @@ void CheckValues() {
             CheckCase(sparse, variant);
           }
           if (sizes.num_tokens > MostFewTokens(dtype)) continue;
-          MoloraCase weighted{sizes, dtype, parameter_dtype, Layout::kDense, false, std::nullopt, true};
+          MoloraCase weighted{sizes, dtype, parameter_dtype, Layout::kDense, false};
+          weighted.has_weight = true;
           CheckCase(weighted, variant);
           weighted.top_k = {1, false};
           if (sizes.num_experts > 1) CheckCase(weighted, variant);
@@ -309,9 +310,7 @@ void CheckFinite() {
         TestMatrix matrix(37, 21, dtype, layout, 12);
         CHECK(IsFinite(matrix.AsMatrix(), 37, 21), "random numbers are not finite");
         const auto put = [&](uint32_t bits) {
-          const uint16_t halves[2] = {static_cast<uint16_t>(bits), static_cast<uint16_t>(bits >> 16)};
-          std::memcpy(matrix.At(row, column), dtype == DType::kFloat32 ? halves : halves + 1,
-                      SizeOf(dtype));
+          PutExact(dtype, FloatOfBits(bits), matrix.At(row, column));
           return IsFinite(matrix.AsMatrix(), 37, 21);
         };
         CHECK(!put(0xff800000u) && !put(0x7f800000u), "infinity is finite");
