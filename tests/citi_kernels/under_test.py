@@ -4,7 +4,7 @@ CITI_BACKEND=triton TRITON_INTERPRET=1        Triton's interpreter, on the CPU
 CITI_BACKEND=triton CITI_TEST_DEVICE=cuda     Triton on a GPU
 CITI_BACKEND=native                           the C++ kernels, on the CPU
 CITI_BACKEND=cuda CITI_TEST_DEVICE=cuda       the CUDA C++ kernels on a GPU
-neither                                       the torch backend, on the CPU
+neither                                       on the CPU, what each call chooses: native or torch
 """
 
 from __future__ import annotations
