@@ -1,25 +1,29 @@
 """CITI: tool use for a language model without making it worse at everything else.
 
-Importing this package registers the PEFT method `molora`, so that `PeftModel.from_pretrained` finds
-it; every other public name is loaded when it is first used. Source: arXiv 2409.13202.
+The PEFT method `molora` is registered as soon as `peft` is there too, now or when it is imported
+later, so that `PeftModel.from_pretrained` finds it. Every public name is loaded when it is first
+used: `import citi` alone loads neither torch nor PEFT, which take seconds.
+Source: arXiv 2409.13202.
 """
 
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any
 
-from citi.adapters import (
-    AdapterError,
-    MoLoraConfig,
-    MoLoraLinear,
-    MoLoraModel,
-    load_adapter,
-    routing_names,
-    without_adapters,
-)
+from wrapt import register_post_import_hook
 
 _HOMES = {
+    "citi.adapters": (
+        "AdapterError",
+        "MoLoraConfig",
+        "MoLoraLinear",
+        "MoLoraModel",
+        "load_adapter",
+        "routing_names",
+        "without_adapters",
+    ),
     "citi.components": ("Component", "SkippedModule", "find_components"),
     "citi.data": ("Collator", "DataError", "RenderedDataset", "Sample", "mix", "read_samples"),
     "citi.evaluation": ("EvalResult", "EvalSettings", "comparison_table", "evaluate"),
@@ -46,16 +50,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.6.0"
-__all__ = [
-    "AdapterError",
-    "MoLoraConfig",
-    "MoLoraLinear",
-    "MoLoraModel",
-    "load_adapter",
-    "routing_names",
-    "without_adapters",
-    *_HOME_OF,
-]
+__all__ = list(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:
@@ -66,3 +61,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME_OF])
+
+
+def _register_molora(_peft: ModuleType) -> None:
+    importlib.import_module("citi.adapters")
+
+
+register_post_import_hook(_register_molora, "peft")

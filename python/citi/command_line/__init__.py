@@ -1,7 +1,7 @@
 """The command line: `citi`, and `python -m citi`.
 
-Each command has a file of its own and imports what it alone needs when it runs. torch and
-transformers are there before: `import citi` registers the PEFT method.
+Each command has a file of its own and imports what it needs when it runs, torch and transformers
+among it: they take seconds, a page of help none.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import warnings
 from typing import Annotated
 
 import typer
+from wrapt import register_post_import_hook
 
 from citi.command_line import (
     bench,
@@ -56,9 +57,9 @@ def _settings(
 
 def _quiet_libraries() -> None:
     """Leave the terminal to our own bars: no loading bars, no deprecations that are not ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    register_post_import_hook(
+        lambda logging: logging.disable_progress_bar(), "transformers.utils.logging"
+    )
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 
 

@@ -24,13 +24,13 @@ def train(
     Several GPUs or machines: accelerate launch -m citi train recipe.yaml
     """
     set_resume(context, shlex.join(["citi", "train", str(recipe), *(overrides or ())]))
-    from citi.processes import this_process
     from citi.recipe import load_recipe
 
-    settings = load_recipe(recipe, overrides or ())
+    settings = load_recipe(recipe, overrides or ())  # a mistake in it is told before torch loads
 
     from citi.command_line.comparison import print_comparison, print_path
     from citi.command_line.progress import Watcher
+    from citi.processes import this_process
     from citi.run import train as run_recipe
 
     console = Console(quiet=not this_process().is_main_process)
