@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from benchmarks.method.row_config import load_row
 from benchmarks.method.row_result import RowResult
 
 
@@ -18,10 +19,13 @@ def difference(result: RowResult, shared: Mapping[str, object]) -> str | None:
     Args:
         shared: What the comparison's rows share, as its comparison.json has it.
     """
+    training = load_row(result.row).training
+    row = result.settings.get("row", {})
     pairs = {
         "scale": (result.settings.get("scale"), shared["scale"]),
         "dtype": (result.settings.get("dtype"), shared["dtype"]),
         "model": (result.model, shared["model"]),
         "data_sha256": (result.data_sha256, shared["sha256"]),
+        "row config": ({key: row.get(key) for key in training}, training),
     }
     return next((key for key, (kept, wanted) in pairs.items() if kept != wanted), None)

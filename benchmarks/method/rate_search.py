@@ -17,11 +17,11 @@ from benchmarks.method.row_config import RowConfig, load_row
 from benchmarks.method.train_row import Assignment, train_row
 from citi.durable import write_json
 from citi.observer import RunObserver
-from citi.saved_json import read_object
+from citi.saved_json import SavedFileError, read_object
 from citi.trainer import NonFiniteLossError
 
-FORMAT, VERSION = "citi.method_search", 1
-_TYPES = {"rates": dict, "validation_nll": float, "diverged": bool}
+FORMAT, VERSION = "citi.method_search", 2
+_FOUND = {"rates": dict, "validation_nll": float, "diverged": bool}
 _KINDS = {"tool": "tool", "general": "general", "mix": None}
 
 
@@ -68,6 +68,8 @@ def try_rates(
         owner: The row that is searched for.
         rates: The candidate, one of `owner.rates`.
         assignment, folder, observer: As for `search_rates`.
+    Raises:
+        SavedFileError: Its file is damaged, or of another config of the row.
     """
     target = candidate_file(folder, owner, rates)
     work = assignment.folder.parent / f"search_{owner.name}_{target.stem}"
@@ -83,7 +85,7 @@ def try_rates(
         observer.line(f"search for {owner.title}: {dict(rates)}")
         write_candidate(folder, owner, _try(candidate, observer))
     shutil.rmtree(work, ignore_errors=True)
-    return read_object(target, file_format=FORMAT, version=VERSION, types=_TYPES)
+    return _read_candidate(target, owner)
 
 
 def candidate_file(folder: Path, owner: RowConfig, rates: Mapping[str, float]) -> Path:
@@ -94,8 +96,18 @@ def candidate_file(folder: Path, owner: RowConfig, rates: Mapping[str, float]) -
 
 def write_candidate(folder: Path, owner: RowConfig, found: Mapping[str, object]) -> None:
     """Keep what was found of a candidate: its rates, validation_nll and diverged."""
-    content = {"format": FORMAT, "version": VERSION} | {key: found[key] for key in _TYPES}
+    content = {"format": FORMAT, "version": VERSION, "row": owner.training}
+    content |= {key: found[key] for key in _FOUND}
     write_json(candidate_file(folder, owner, found["rates"]), content)
+
+
+def _read_candidate(target: Path, owner: RowConfig) -> dict:
+    types = {"row": dict} | _FOUND
+    found = read_object(target, file_format=FORMAT, version=VERSION, types=types)
+    trained = found.pop("row")
+    if trained != owner.training:
+        raise SavedFileError(target, f"is of {trained}, but rows/{owner.name}.yaml says other")
+    return found
 
 
 def _try(candidate: Assignment, observer: RunObserver) -> Mapping[str, object]:

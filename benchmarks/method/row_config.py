@@ -74,6 +74,12 @@ class RowConfig:
         if problem:
             raise RowConfigError(f"rows/{self.name}.yaml: {problem}")
 
+    @property
+    def training(self) -> dict[str, object]:
+        """What its training is, besides rates, seed and scale."""
+        keys = ("method", "data", "stages", "components", "overrides")
+        return {key: getattr(self, key) for key in keys}
+
     def seed_range(self, most: int | None) -> range:
         """The row's seeds, at most so many of them; None: all."""
         return range(self.seeds if most is None else min(most, self.seeds))

@@ -82,6 +82,7 @@ def test_a_new_row_is_kept_beside_the_others(folder, lora, kept: Path, tmp_path:
         ("dtype", {"settings": {"scale": dataclasses.asdict(TINY)}}),
         ("model", {"model": "another"}),
         ("data_sha256", {"data_sha256": {"train/api_bank": "0"}}),
+        ("row config", {"row": "lora_dm"}),
     ],
 )
 def test_results_of_another_comparison_are_refused_by_name(
@@ -89,7 +90,7 @@ def test_results_of_another_comparison_are_refused_by_name(
 ) -> None:
     changed = dataclasses.replace(lora, **change)
     changed.save(tmp_path / "kept")
-    with pytest.raises(ComparisonError, match=f"{lora.file_name} has another {what}"):
+    with pytest.raises(ComparisonError, match=f"{changed.file_name} has another {what}"):
         open_tiny(folder, tmp_path / "new", results=tmp_path / "kept")
     assert not (tmp_path / "new" / "comparison.json").exists()
 
@@ -105,7 +106,10 @@ def test_candidates_lie_beside_the_results_and_are_not_tried_again(
     refuse_to_train(monkeypatch)
     pattern = second.assignment(lora, 0)
     tried = try_rates(lora, lora.rates[0], pattern, second.search, observer=RunObserver())
-    assert tried["validation_nll"] == 1.5
+    assert tried == found | {"rates": dict(lora.rates[0])}
+    other = dataclasses.replace(lora, data="mix")
+    with pytest.raises(SavedFileError, match=r"learning\S+json is of .*'data': 'tool'"):
+        try_rates(other, lora.rates[0], pattern, second.search, observer=RunObserver())
     record = second.search / "comparison.json"
     record.write_text(record.read_text().replace('"float32"', '"bfloat16"'))
     with pytest.raises(ComparisonError, match="begun with dtype bfloat16, got float32"):
