@@ -1,8 +1,8 @@
 """The compiled extension `citi_kernels._C`: whether it is there, and tensors as it takes them.
 
-`_C` knows no torch: a tensor goes in as its address, the bytes from there to the end of its storage
-and its dtype; `_C` refuses what does not stay within them. A missing, broken or stale `_C` is no
-error: the backends that need it say why they cannot run.
+`_C` knows no torch: a tensor goes in as its address, the bytes from there to its end (that of its
+storage where it has gaps) and its dtype; `_C` refuses what does not stay within them. A missing,
+broken or stale `_C` is no error: the backends that need it say why they cannot run.
 """
 
 from __future__ import annotations
@@ -102,9 +102,12 @@ def description() -> str:
 
 def _place(tensor: Tensor) -> tuple[int, int, int]:
     assert not tensor.is_neg()  # the memory would hold the negated values
-    size = tensor.element_size()
-    num_bytes = tensor.untyped_storage().nbytes() - tensor.storage_offset() * size
-    return tensor.data_ptr(), num_bytes, dtype_code(tensor.dtype)
+    if tensor.is_contiguous():
+        num_bytes = tensor.nbytes
+    else:
+        offset = tensor.storage_offset() * tensor.element_size()
+        num_bytes = tensor.untyped_storage().nbytes() - offset
+    return tensor.data_ptr(), num_bytes, _codes()[tensor.dtype]
 
 
 @functools.cache

@@ -25,7 +25,12 @@ from citi_kernels.ops import (
 from citi_kernels.ops.autocast import as_autocast, autocast_is_on, without_autocast
 from citi_kernels.ops.molora_linear_checks import check, check_values, flat_segment_ids
 from citi_kernels.ops.molora_linear_contract import Operands, Settings
-from citi_kernels.ops.molora_linear_eager import is_plain_eager, refuse_forward_mode, run_eager
+from citi_kernels.ops.molora_linear_eager import (
+    is_plain_eager,
+    refuse_forward_mode,
+    rows_of,
+    run_eager,
+)
 from citi_kernels.ops.molora_linear_op import molora_linear_op
 from citi_kernels.ops.molora_linear_reference import molora_linear_ref
 
@@ -109,29 +114,32 @@ def molora_linear(
         x, weight, bias = (as_autocast(tensor, dtype) for tensor in (x, weight, bias))
     if x.dim() == 0:
         raise ValueError("molora_linear: x: want (..., K), got a tensor without dimensions")
-    shape, x_TK = x.shape, x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if segment_ids is not None:
-        segment_ids = flat_segment_ids(segment_ids, shape, x_TK.shape[0])
-    operands = Operands(x_TK, weight, bias, a, b, router)
+        segment_ids = flat_segment_ids(segment_ids, x.shape)
     scaling, count = float(scaling), num_segments or 0
     settings = Settings(
         num_experts, scaling, top_k, renormalize, segment_ids, count, dropout_p, dropout_seed
     )
-    is_cuda_first = x_TK.is_cuda and a.dim() == 2
+    is_cuda_first = x.is_cuda and a.dim() == 2
     is_cuda_first = is_cuda_first and molora_linear_cuda.is_fastest(
-        x_TK, a.shape[0], settings, has_weight=weight is not None
+        x, a.shape[0], settings, has_weight=weight is not None
     )
-    backend = backends.choose("molora_linear", x_TK, first="cuda" if is_cuda_first else None)
+    backend = backends.choose("molora_linear", x, first="cuda" if is_cuda_first else None)
+    if backend != "reference" and is_plain_eager(x, weight, bias, a, b, router):
+        operands = Operands(x, weight, bias, a, b, router)
+        y, gate_sums_BG = run_eager(operands, settings, backend)
+        if key is not None and backend == "native":
+            molora_linear_few.remember(key, operands._replace(x=rows_of(x)), settings)
+        return y, gate_sums_BG
+    # differentiable, as rows_of in run_eager need not be
+    x_TK = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    operands = Operands(x_TK, weight, bias, a, b, router)
     if backend == "reference":
         y_TN, gate_sums_BG = _reference(operands, settings)
-    elif is_plain_eager(*operands):
-        y_TN, gate_sums_BG = run_eager(operands, settings, backend)
-        if key is not None and backend == "native":
-            molora_linear_few.remember(key, operands, settings)
     else:
         refuse_forward_mode("molora_linear")
         y_TN, _, _, _, gate_sums_BG = molora_linear_op(*operands, *settings, backend)
-    y = y_TN.reshape(*shape[:-1], y_TN.shape[1])
+    y = y_TN.reshape(*x.shape[:-1], y_TN.shape[1])
     return y, None if segment_ids is None else gate_sums_BG
 
 

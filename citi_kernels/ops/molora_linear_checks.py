@@ -5,6 +5,8 @@ Shapes: T tokens, K in-features, N out-features, E experts, r rank.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -121,12 +123,12 @@ def check_values(settings: Settings) -> None:
         )
 
 
-def flat_segment_ids(segment_ids: Tensor, x_shape: torch.Size, num_tokens: int) -> Tensor:
+def flat_segment_ids(segment_ids: Tensor, x_shape: torch.Size) -> Tensor:
     # no `in`: dynamo compares tuples of symbolic sizes by identity there
-    shape = tuple(segment_ids.shape)
+    shape, num_tokens = tuple(segment_ids.shape), math.prod(x_shape[:-1])
     if not (shape == tuple(x_shape[:-1]) or shape == (num_tokens,)):
         raise ValueError(
             f"molora_linear: segment_ids: want shape {tuple(x_shape[:-1])} or ({num_tokens},), "
             f"got {tuple(segment_ids.shape)}"
         )
-    return segment_ids.reshape(-1)
+    return segment_ids if len(shape) == 1 else segment_ids.reshape(-1)

@@ -6,6 +6,7 @@ autograd function while text is generated.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -51,9 +52,13 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd has something to do with an op on these, forward mode included."""
-    return forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
-    )
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for each in tensors:
+            if each is not None and each.requires_grad:
+                return True
+    return False
 
 
 def refuse_forward_mode(op: str) -> None:
@@ -69,26 +74,45 @@ def refuse_forward_mode(op: str) -> None:
         )
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """(..., K) as (T, K), where autograd does not look on."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def in_shape_of(rows: Tensor, x_shape: torch.Size) -> Tensor:
+    """(T, N), just made, as (..., N): itself, for users could not change a view in place."""
+    if len(x_shape) == 2:
+        return rows
+    return rows.contiguous().resize_(*x_shape[:-1], rows.shape[1])
+
+
 def run_eager(operands: Operands, settings: Settings, backend: str) -> tuple[Tensor, Tensor | None]:
-    """y (T, N) and the gate sums (B, G), None without segments."""
+    """y (..., N) for x (..., K), and the gate sums (B, G), None without segments.
+
+    Shapes change within: outside, each change would be an operation of autograd's.
+    """
     if wants_gradient(*operands):
         return EagerMoLoRALinear.apply(*operands, settings, backend)
+    x = operands.x
+    operands = operands._replace(x=rows_of(x))
     run = checked_backend(operands, settings, backend)
-    with without_autocast(operands.x):
-        return forward_only(run, operands, settings)
+    with without_autocast(x):
+        y_TN, gate_sums_BG = forward_only(run, operands, settings)
+    return in_shape_of(y_TN, x.shape), gate_sums_BG
 
 
 class EagerMoLoRALinear(torch.autograd.Function):
     """The op without PyTorch's dispatch of custom ops, which takes longer than a small layer."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-        operands, (settings, backend) = Operands(*inputs[:6]), inputs[6:]
+    def forward(ctx: Any, x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        *parameters, settings, backend = inputs
+        operands = Operands(rows_of(x), *parameters)
         y_TN, saved, gate_sums_BG = checked_forward(operands, settings, backend)
         keep(ctx, operands, saved)
-        ctx.settings, ctx.backend = settings, backend
+        ctx.x_shape, ctx.settings, ctx.backend = x.shape, settings, backend
         ctx.versions = versions_of(settings.segment_ids, settings.dropout_seed)
-        return y_TN, gate_sums_BG
+        return in_shape_of(y_TN, x.shape), gate_sums_BG
 
     @staticmethod
     @once_differentiable
@@ -99,7 +123,9 @@ class EagerMoLoRALinear(torch.autograd.Function):
         check_unchanged(UNSAVED, (settings.segment_ids, settings.dropout_seed), ctx.versions)
         x, weight, a, b, router, *saved = ctx.saved_tensors
         operands, needs = Operands(x, weight, None, a, b, router), needs_of(ctx, dy)
-        gradients = run_gradients(
-            dy, dgate_sums, operands, Saved(*saved), settings, needs, ctx.backend
+        dy_TN = None if dy is None else rows_of(dy)
+        dx_TK, *others = run_gradients(
+            dy_TN, dgate_sums, operands, Saved(*saved), settings, needs, ctx.backend
         )
-        return (*gradients, None, None)
+        dx = None if dx_TK is None else in_shape_of(dx_TK, ctx.x_shape)
+        return (dx, *others, None, None)

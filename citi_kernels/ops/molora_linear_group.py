@@ -185,10 +185,9 @@ def _one_op(
         x = as_autocast(x, dtype)
         weights = [as_autocast(each, dtype) for each in weights]
         biases = [as_autocast(each, dtype) for each in biases]
-    shape, x_TK = x.shape, x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if segment_ids is not None:
-        segment_ids = flat_segment_ids(segment_ids, shape, x_TK.shape[0])
-    backend = backends.choose("molora_linear", x_TK)
+        segment_ids = flat_segment_ids(segment_ids, x.shape)
+    backend = backends.choose("molora_linear", x)
     shared = (
         options["num_experts"],
         float(options["scaling"]),
@@ -198,12 +197,12 @@ def _one_op(
         num_segments or 0,
         options["dropout_p"],
     )
-    if is_plain_eager(x_TK, *weights, *biases, *a, *b, *routers):
+    if is_plain_eager(x, *weights, *biases, *a, *b, *routers):
         settings_L = [Settings(*shared, seed) for seed in seeds]
         layers = zip(weights, biases, a, b, routers, strict=True)
-        outputs = run_eager_group([Operands(x_TK, *each) for each in layers], settings_L, backend)
-        return [(y_TN.reshape(*shape[:-1], y_TN.shape[1]), sums) for y_TN, sums in outputs]
+        return run_eager_group([Operands(x, *each) for each in layers], settings_L, backend)
     refuse_forward_mode("molora_linear_group")
+    x_TK = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y_LTN, _, _, gate_sums_LBG = group_op(
         x_TK,
         [each for each in weights if each is not None],
@@ -217,5 +216,5 @@ def _one_op(
         [each for each in seeds if each is not None],
         backend,
     )
-    y_L = [y_TN.reshape(*shape[:-1], y_TN.shape[1]) for y_TN in y_LTN]
+    y_L = [y_TN.reshape(*x.shape[:-1], y_TN.shape[1]) for y_TN in y_LTN]
     return list(zip(y_L, gate_sums_LBG or [None] * len(y_L), strict=True))

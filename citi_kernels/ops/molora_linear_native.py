@@ -29,6 +29,8 @@ Shapes: T tokens, K in-features, N out-features, R stacked rank (E·r), G = E + 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -110,7 +112,8 @@ def _run_forward(
     else:
         y_TN = x_TK.new_empty(x_TK.shape[0], b_NR.shape[0])
     size = workspace_size(shape, x_TK.dtype, has_dropout=dropout is not None)
-    workspace = x_TK.new_empty(size, dtype=torch.float32) if size else None
+    device = x_TK.device
+    workspace = torch.empty(size, dtype=torch.float32, device=device) if size else None
     extension.molora_forward(
         shape=shape,
         scaling=settings.scaling,
@@ -143,10 +146,16 @@ def can_be_read(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def workspace_size(shape: tuple[int, ...], dtype: torch.dtype, *, has_dropout: bool) -> int:
     """Numbers of fp32 that a forward of x of `dtype` writes besides its results."""
     code = compiled.dtype_code(dtype)
     return compiled.extension().molora_forward_workspace(shape, code, has_dropout=has_dropout)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_workspace_size(shape: tuple[int, ...]) -> int:
+    return compiled.extension().molora_backward_workspace(shape)
 
 
 def _gate_sums(probs_TG: Tensor, settings: Settings) -> Tensor | None:
@@ -208,7 +217,8 @@ def _fused_backward(
         dgate_TG = F.pad(dgate_sums_BG, (0, 0, 0, 1))[settings.segment_ids]
     a_RK, b_NR, router_GK = _readable(a_RK, b_NR, router_GK, dtype=dtype)
     extension, shape = compiled.extension(), shape_of(saved.h.shape[0], a_RK, b_NR, settings)
-    workspace = saved.probs.new_empty(extension.molora_backward_workspace(shape))
+    size, device = _backward_workspace_size(shape), saved.probs.device
+    workspace = torch.empty(size, dtype=torch.float32, device=device)
     needs_x = needs.a or needs.router
     extension.molora_backward(
         shape=shape,
@@ -247,7 +257,8 @@ def empty_saved(x_TK: Tensor, a_RK: Tensor, settings: Settings) -> Saved:
 
 
 def _empty_probs(x_TK: Tensor, settings: Settings) -> Tensor:
-    return x_TK.new_empty(x_TK.shape[0], settings.num_experts + 1, dtype=torch.float32)
+    num_gates = settings.num_experts + 1
+    return torch.empty(x_TK.shape[0], num_gates, dtype=torch.float32, device=x_TK.device)
 
 
 def _lets_through(
@@ -323,4 +334,4 @@ def _readable(*parameters: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 def _gradient_of(parameter: Tensor) -> Tensor:
     dtype = parameter.dtype if parameter.dtype in DTYPES else torch.float32
-    return parameter.new_empty(parameter.shape, dtype=dtype)
+    return torch.empty(parameter.shape, dtype=dtype, device=parameter.device)

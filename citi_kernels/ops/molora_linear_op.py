@@ -160,7 +160,7 @@ def run_gradients(
 
 def resolved(incoming: Tensor | None) -> Tensor | None:
     """An incoming gradient without a lazy negation: kernels read memory as it lies."""
-    return None if incoming is None else incoming.resolve_neg()
+    return incoming if incoming is None or not incoming.is_neg() else incoming.resolve_neg()
 
 
 def rounded_gradients(
@@ -173,8 +173,8 @@ def rounded_gradients(
 
 
 def as_gradient(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if gradient is None:
-        return None
+    if gradient is None or (gradient.dtype == dtype and gradient.is_contiguous()):
+        return gradient
     return gradient.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 

@@ -233,6 +233,34 @@ def test_either_output_alone_may_be_in_the_loss(output: int, options: dict) -> N
         assert_equal_to_rounding(ours, truth)
 
 
+def whole(tokens: Tensor) -> Tensor:
+    return tokens.unflatten(0, (3, 4))
+
+
+def apart(tokens: Tensor) -> Tensor:
+    """Rows that no single stride goes through."""
+    return torch.stack([tokens.unflatten(0, (3, 4))] * 2, dim=1)[:, 0]
+
+
+@pytest.mark.parametrize("laid_out", [whole, apart])
+@each_option
+def test_batched_tokens_are_rows_and_the_output_may_be_changed_in_place(
+    options: dict, laid_out
+) -> None:
+    case = random_case(12, 16, 12, **options)
+    found = []
+    for shape in (lambda tokens: tokens, laid_out):
+        leaves = [None if each is None else each.clone().requires_grad_() for each in case.operands]
+        y, gate_sums = molora_linear(shape(leaves[0]), *leaves[1:], **case.options)
+        assert y.shape[:-1] == shape(case.x).shape[:-1]
+        y.mul_(2)
+        outputs = [y] if gate_sums is None else [y, gate_sums]
+        incoming = [shape(case.dy), case.dgate_sums][: len(outputs)]
+        torch.autograd.backward(outputs, incoming)
+        found.append([y.flatten(0, -2), *(each.grad for each in leaves if each is not None)])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.skipif(torch.float64 != WIDEST_LAYER, reason="this backend has no kernels in fp64")
 @each_option
 def test_gradcheck_in_fp64(options: dict) -> None:

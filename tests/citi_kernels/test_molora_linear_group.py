@@ -36,10 +36,14 @@ def test_one_by_one_every_result_is_the_layers_own_bitwise(
 def test_layers_keep_the_batch_shape_of_x() -> None:
     group = random_group(2, num_tokens=12, num_segments=None)
     lists = group.lists(group.layers)
-    flat = molora_linear_group(group.x, *lists, **group.options)
-    shaped = molora_linear_group(group.x.reshape(3, 4, 48), *lists, **group.options)
-    for (y, _), (y_flat, _) in zip(shaped, flat, strict=True):
-        assert torch.equal(y, y_flat.reshape(3, 4, -1))
+    found = []
+    for shape in ((12,), (3, 4)):
+        x = group.x.clone().requires_grad_()
+        outputs = molora_linear_group(x.unflatten(0, shape), *lists, **group.options)
+        assert all(y.shape[:-1] == shape for y, _ in outputs)
+        sum(y.mul_(2).square().sum() for y, _ in outputs).backward()  # an output may be changed
+        found.append([x.grad, *(y.flatten(0, -2) for y, _ in outputs)])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize(
