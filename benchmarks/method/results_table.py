@@ -16,6 +16,8 @@ from benchmarks.method.paper import MODEL, PAPER
 from benchmarks.method.row_config import CONTROL, ROWS, TRIALS, load_row
 from benchmarks.method.row_result import load_results
 from benchmarks.method.scale import SCALES
+from benchmarks.method.search_table import HEADER as SEARCH_HEADER
+from benchmarks.method.search_table import search_cells
 from benchmarks.method.summary import (
     API_BANK,
     GENERAL,
@@ -112,6 +114,7 @@ def _scale_section(scale: str, rows: Mapping[str, RowSummary]) -> str:
         ("General ability", _change_lines(rows)),
         ("Every tool set", _score_lines(rows) if rows else [NOT_MEASURED]),
         ("Every general set", _nll_lines(rows) if rows else [NOT_MEASURED]),
+        ("Learning rates", _search_lines(rows)),
         ("What it took", _cost_lines(rows)),
     )
     for title, content in filter(lambda section: section[1], sections):
@@ -239,6 +242,11 @@ def _general_cell(row: RowSummary, vanilla: RowSummary | None, name: str) -> str
         if row.has(name, column):
             text += f"; {column} {_share(row.share(name, column))}"
     return text
+
+
+def _search_lines(rows: Mapping[str, RowSummary]) -> list[str]:
+    cells = search_cells(rows)
+    return _table(SEARCH_HEADER, cells) if cells else []
 
 
 def _cost_lines(rows: Mapping[str, RowSummary]) -> list[str]:

@@ -17,6 +17,7 @@ from benchmarks.method.results_table import filled_readme, results_markdown
 from benchmarks.method.row_config import ROWS, TRIALS, load_row
 from benchmarks.method.row_result import RowResult
 from benchmarks.method.scale import CPU
+from benchmarks.method.search_table import search_cells
 from benchmarks.method.summary import API_BANK, GENERAL, MixedResultsError, summarise
 from benchmarks.method.verdicts import verdicts
 
@@ -122,6 +123,33 @@ def test_measured_rows_stand_beside_the_papers_numbers(tmp_path: Path) -> None:
     result("citi_wide", 0.6, 0.02).save(tmp_path)
     assert "| CITI, half of the components | 60.0% [" in results_markdown(tmp_path)
     assert "FT + DM" not in short
+
+
+def test_a_search_shows_its_best_candidate_and_whether_it_lies_at_the_edge() -> None:
+    def tried(*candidates: tuple[float, float, float | None]) -> list[dict]:
+        return [
+            {
+                "rates": {"learning_rate": rate, "uco_learning_rate": other},
+                "validation_nll": nll or 0.0,
+                "diverged": nll is None,
+            }
+            for rate, other, nll in candidates
+        ]
+
+    inside = tried((1e-3, 1e-3, 2.5), (1e-2, 1e-3, 2.0), (0.1, 3e-3, None))
+    rows = summarise([result("citi", 0.5, 0.0, search=inside), result("rp_mi", 0.5, 0.0)])
+    assert search_cells(rows) == [
+        ["CITI", "CITI", "0.001 / 0.001: 2.500; **0.01 / 0.001: 2.000**; 0.1 / 0.003: diverged",
+         "uco_learning_rate"]
+    ]  # fmt: skip
+    one_edge = [{"rates": {"learning_rate": 1e-3}, "validation_nll": 2.0, "diverged": False}]
+    further = [{"rates": {"learning_rate": 1e-2}, "validation_nll": nll, "diverged": False}
+               for nll in (2.5, 1.5)]  # fmt: skip
+    for search, edge in ((one_edge, "no"), (one_edge + further[:1], "learning_rate")):
+        rows = summarise([result("lora", 0.5, 0.0, search=search)])
+        assert [line[-1] for line in search_cells(rows)] == [edge]
+    shared = [result("citi", 0.5, 0.0, search=inside), result("rp_mi", 0.5, 0.0, search=inside)]
+    assert [line[:2] for line in search_cells(summarise(shared))] == [["CITI", "CITI, RP + MI"]]
 
 
 def test_targets_are_met_missed_or_undecided() -> None:
