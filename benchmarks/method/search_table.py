@@ -15,7 +15,7 @@ def search_cells(rows: Mapping[str, RowSummary]) -> list[list[str]]:
     """A line for each search that the rows' results hold, under `HEADER`.
 
     The best candidate is bold. Rates are in the order of `row_config.RATES`. The last cell names
-    those rates whose best value is the smallest or largest that was tried: beyond it may be a better one.
+    the rates whose best value is the smallest or largest that was tried: beyond it may be a better.
     """
     searches: dict[str, list[dict]] = {}
     takers: dict[str, list[str]] = {}
