@@ -87,13 +87,18 @@ bool IsFinite(const Matrix& matrix, int64_t num_rows, int64_t num_columns) {
   });
 }
 
+// At least those of whole blocks, in any variant, and of whole lanes.
+static int64_t TokensOfBlocks(const MoloraSizes& sizes) {
+  return RoundUp(sizes.num_tokens + kMostMoloraTokens - 1, kLanes);
+}
+
 int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, DType dtype, bool has_dropout) {
   if (sizes.num_tokens <= MostFewTokens(dtype) && !has_dropout) {
     if (dtype != DType::kFloat32 || sizes.num_tokens < kFewestInLanes) return 0;
     // x, u and z
     return kLaneTokens * (sizes.num_in + sizes.stacked_rank + sizes.num_rows());
   }
-  const int64_t num_tokens = RoundUp(sizes.num_tokens, kMoloraTokens);
+  const int64_t num_tokens = TokensOfBlocks(sizes);
   const int64_t num_lanes =
       has_dropout ? RoundUp(sizes.stacked_rank, kLanes) + RoundUp(sizes.num_gates(), kLanes)
                   : RoundUp(sizes.num_rows(), kLanes);
@@ -102,7 +107,7 @@ int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, DType dtype, bool has_d
 }
 
 int64_t MoloraBackwardWorkspace(const MoloraSizes& sizes) {
-  const int64_t num_tokens = RoundUp(sizes.num_tokens, kMoloraTokens);
+  const int64_t num_tokens = TokensOfBlocks(sizes);
   return RoundUp(sizes.stacked_rank, kLanes) * sizes.num_out +
          RoundUp(sizes.num_in, kLanes) * sizes.num_rows() +
          num_tokens * (2 * sizes.num_rows() + sizes.stacked_rank);

@@ -6,8 +6,8 @@
 
 namespace citi {
 
-// Tokens that pass through the rank space together.
-constexpr int64_t kMoloraTokens = 32;
+// The most tokens that pass through the rank space together, in any variant.
+constexpr int64_t kMostMoloraTokens = 40;
 
 // Entries of the workspaces, whatever the variant; the sizes must be valid.
 int64_t MoloraForwardWorkspace(const MoloraSizes& sizes, DType dtype, bool has_dropout);

@@ -9,6 +9,7 @@
 #include "cpu/molora_dropout.h"
 #include "cpu/molora_few_tokens.h"
 #include "cpu/molora_rank_space.h"
+#include "cpu/molora_sums.h"
 #include "cpu/molora_token_lanes.h"
 #include "whole_numbers.h"
 
@@ -235,9 +236,10 @@ class BackwardRun {
     const int64_t width = Min(kSumColumns, sizes_.num_out - column);
     for (int64_t m = 0; m < sizes_.stacked_rank; m += kSumRows) {
       const int64_t num_rows = Min(kSumRows, sizes_.stacked_rank - m);
-      SumOverTokens<Words>(u_of_tokens_.numbers + m * Words::kNumbers, sizes_.stacked_rank,
-                           num_rows, AllRowsOf(backward_.dy, sizes_.num_tokens), sizes_.num_out,
-                           column, kUnchanged, sums);
+      const SummedRows<Words> u{u_of_tokens_.numbers + m * Words::kNumbers, sizes_.stacked_rank,
+                                num_rows};
+      SumOverTokens(u, AllRowsOf(backward_.dy, sizes_.num_tokens), sizes_.num_out, column,
+                    kUnchanged, sums);
       for (int64_t i = 0; i < num_rows; ++i) {
         Store(sums[i], width, backward_.db, column * sizes_.stacked_rank + m + i,
               sizes_.stacked_rank);
@@ -268,9 +270,10 @@ class BackwardRun {
     const int64_t rank = sizes_.stacked_rank;
     for (int64_t m = begin; m < end; m += kSumRows) {
       const int64_t num_rows = Min(kSumRows, end - m);
-      SumOverTokens<Words>(dz_of_tokens_.numbers + m * Words::kNumbers, sizes_.num_rows(), num_rows,
-                           AllRowsOf(backward_.x, sizes_.num_tokens), sizes_.num_in, column, change,
-                           sums);
+      const SummedRows<Words> dz{dz_of_tokens_.numbers + m * Words::kNumbers, sizes_.num_rows(),
+                                 num_rows};
+      SumOverTokens(dz, AllRowsOf(backward_.x, sizes_.num_tokens), sizes_.num_in, column, change,
+                    sums);
       for (int64_t i = m; i < m + num_rows; ++i) {
         const bool is_router = i >= rank;
         Store(sums[i - m], width, is_router ? backward_.drouter : backward_.da,

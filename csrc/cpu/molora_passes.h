@@ -1,9 +1,8 @@
-// The passes of MOLoRA over big matrices, in terms of sixteen lanes; compiled once for each
-// variant.
+// The passes of MOLoRA over blocks of tokens of big matrices, in terms of sixteen lanes; compiled
+// once for each variant.
 //
-// `Shrink` dots the rows of a matrix with a few others, `Expand` adds to it in place,
-// `SumOverTokens` contracts it with a few columns. The first two take a block of tokens, the last a
-// block of columns; every sum has one order, whatever the threads and the strides.
+// `Shrink` dots the rows of a matrix with a few others, `Expand` adds to it in place. Every sum has
+// one order, whatever the threads and the strides.
 #pragma once
 
 #include "cpu/molora.h"
@@ -13,12 +12,24 @@
 namespace citi {
 namespace {
 
+// Tokens that pass through the rank space together: whole tiles.
+#if defined(CITI_AVX2)
+constexpr int64_t kMoloraTokens = 40;
+#else
+constexpr int64_t kMoloraTokens = 32;
+#endif
+static_assert(kMoloraTokens % kTileRows == 0 && kMoloraTokens <= kMostMoloraTokens);
+// Whether memory is read along a few rows, which hardware follows, rather than down the columns of
+// a tile, where rows a power of two apart push each other out of the caches. With AVX512 only the
+// latter has been measured.
+#if defined(CITI_AVX512)
+constexpr bool kReadsAlongRows = false;
+#else
+constexpr bool kReadsAlongRows = true;
+#endif
 // Words of a token that Shrink takes at once, and how far one token's are from the next one's.
 constexpr int64_t kShrinkWords = 96;
 constexpr int64_t kShrinkStride = kShrinkWords + 16;
-constexpr int64_t kSumColumns = 144;
-constexpr int64_t kSumRows = 48;
-constexpr int64_t kSumWords = 64;
 
 struct TokenBlock {
   int64_t begin;
@@ -115,52 +126,29 @@ template <class Words>
 void Expand(const typename Words::Number* left, const Panel<Words>& panel, const Matrix& matrix,
             const TokenBlock& block, int64_t num_columns, bool is_added) {
   using X = typename Words::Element;
-  for (int64_t lane = 0; lane < num_columns; lane += kTileLanes) {
+  const auto add = [&](int64_t t, int64_t lane) {
     const int64_t tile_lanes = panel.TileLanes(lane);
-    const int64_t num_next = Min(kTileLanes, num_columns - lane - tile_lanes);
+    MultiplyTile<Words, 1>(Min(kTileRows, block.num_tokens - t), tile_lanes / kLanes,
+                           TileOperands<Words>{left + t * Words::kNumbers, kMoloraTokens,
+                                               panel.Tile(lane), tile_lanes, panel.depth()},
+                           AddToMatrix<X>{RowOf<X>(matrix, block.begin + t) + lane,
+                                          matrix.row_stride, num_columns - lane, is_added});
+  };
+  if (kReadsAlongRows) {
+    for (int64_t t = 0; t < block.num_tokens; t += kTileRows) {
+      for (int64_t lane = 0; lane < num_columns; lane += kTileLanes) add(t, lane);
+    }
+    return;
+  }
+  for (int64_t lane = 0; lane < num_columns; lane += kTileLanes) {
+    const int64_t next = lane + panel.TileLanes(lane);
+    const int64_t num_next = Min(kTileLanes, num_columns - next);
     for (int64_t t = 0; t < block.num_tokens; t += kTileRows) {
       if (num_next > 0) {
         PrefetchRows<X>(matrix, block.begin + t, block.begin + Min(t + kTileRows, block.num_tokens),
-                        lane + tile_lanes, num_next);
+                        next, num_next);
       }
-      MultiplyTile<Words, 1>(Min(kTileRows, block.num_tokens - t), tile_lanes / kLanes,
-                             TileOperands<Words>{left + t * Words::kNumbers, kMoloraTokens,
-                                                 panel.Tile(lane), tile_lanes, panel.depth()},
-                             AddToMatrix<X>{RowOf<X>(matrix, block.begin + t) + lane,
-                                            matrix.row_stride, num_columns - lane, is_added});
-    }
-  }
-}
-
-// sums[m, j] = sum of left[t, m] * tokens[t, column + j] over all t; left is (T, left_stride)
-// change(word d, depth, column, lanes, panel) has its way with a panel of tokens first.
-template <class Words, class Change>
-void SumOverTokens(const typename Words::Number* left, int64_t left_stride, int64_t num_rows,
-                   const Rows& tokens, int64_t num_columns, int64_t column, const Change& change,
-                   float (*sums)[kSumColumns]) {
-  constexpr int64_t n = Words::kNumbers;
-  alignas(64) typename Words::Number panel[kSumWords * kTileLanes * n];
-  for (int64_t m = 0; m < num_rows; ++m) Fill(sums[m], 1, kSumColumns);
-  const int64_t end = Min(column + kSumColumns, num_columns);
-  const int64_t num_words = WordsOf<Words>(tokens.num_rows);
-  for (int64_t d = 0; d < num_words; d += kSumWords) {
-    const int64_t depth = Min(kSumWords, num_words - d);
-    for (int64_t lane = column; lane < end; lane += kTileLanes) {
-      const int64_t tile_lanes = RoundUp(Min(kTileLanes, end - lane), kLanes);
-      PackRowsAsDepth<Words>(tokens, num_columns, lane, tile_lanes, d, d + depth, panel);
-      change(d, depth, lane, tile_lanes, panel);
-      const bool is_last = lane + kTileLanes >= end;
-      const int64_t next_d = is_last ? d + kSumWords : d;
-      const int64_t next_lane = is_last ? column : lane + kTileLanes;
-      PrefetchRows<typename Words::Element>(tokens.first, Min(next_d * n, tokens.num_rows),
-                                            Min((next_d + kSumWords) * n, tokens.num_rows),
-                                            next_lane, Min(kTileLanes, end - next_lane));
-      for (int64_t m = 0; m < num_rows; m += kTileRows) {
-        MultiplyTile<Words, 1>(Min(kTileRows, num_rows - m), tile_lanes / kLanes,
-                               TileOperands<Words>{left + (d * left_stride + m) * n, left_stride,
-                                                   panel, tile_lanes, depth},
-                               AddToSums{sums[m] + lane - column, kSumColumns});
-      }
+      add(t, lane);
     }
   }
 }
