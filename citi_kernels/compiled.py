@@ -107,7 +107,7 @@ def _place(tensor: Tensor) -> tuple[int, int, int]:
     else:
         offset = tensor.storage_offset() * tensor.element_size()
         num_bytes = tensor.untyped_storage().nbytes() - offset
-    return tensor.data_ptr(), num_bytes, _codes()[tensor.dtype]
+    return tensor.data_ptr(), num_bytes, dtype_code(tensor.dtype)
 
 
 @functools.cache

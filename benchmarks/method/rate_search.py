@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.method.measures import Measuring, validation_nll
@@ -42,11 +42,16 @@ def search_rates(
     tried = [
         try_rates(owner, rates, assignment, folder, observer=observer) for rates in owner.rates
     ]
-    usable = [each for each in tried if not each["diverged"]]
-    if not usable:
+    best = best_candidate(tried)
+    if best is None:
         raise RuntimeError(f"{owner.name}: the loss was not finite with any of its rates")
-    best = min(usable, key=lambda each: each["validation_nll"])
     return dict(best["rates"]), tried
+
+
+def best_candidate(tried: Sequence[dict]) -> dict | None:
+    """The one with the lowest validation NLL, the first of equals; None where all diverged."""
+    usable = [each for each in tried if not each["diverged"]]
+    return min(usable, key=lambda each: each["validation_nll"], default=None)
 
 
 def searched_row(row: RowConfig) -> RowConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.method.rate_search import searched_row
+from benchmarks.method.rate_search import best_candidate, searched_row
 from benchmarks.method.row_config import load_row
 from benchmarks.method.summary import RowSummary
 
@@ -30,14 +30,8 @@ def search_cells(rows: Mapping[str, RowSummary]) -> list[list[str]]:
     ]
 
 
-def _best(tried: Sequence[dict]) -> dict:
-    return min(
-        (each for each in tried if not each["diverged"]), key=lambda it: it["validation_nll"]
-    )
-
-
 def _candidates(tried: Sequence[dict]) -> str:
-    best, cells = _best(tried), []
+    best, cells = best_candidate(tried), []
     for each in tried:
         rates = " / ".join(f"{value:g}" for value in each["rates"].values())
         cell = f"{rates}: " + ("diverged" if each["diverged"] else f"{each['validation_nll']:.3f}")
@@ -47,7 +41,7 @@ def _candidates(tried: Sequence[dict]) -> str:
 
 def _at_edge(tried: Sequence[dict]) -> list[str]:
     names = []
-    for key, value in _best(tried)["rates"].items():
+    for key, value in best_candidate(tried)["rates"].items():
         values = {each["rates"][key] for each in tried}
         if len(values) > 1 and value in (min(values), max(values)):
             names.append(key)

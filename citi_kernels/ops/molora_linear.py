@@ -8,8 +8,6 @@ segments; they are ours.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -131,9 +129,7 @@ def molora_linear(
         if key is not None and backend == "native":
             molora_linear_few.remember(key, operands._replace(x=rows_of(x)), settings)
         return y, gate_sums_BG
-    # differentiable, as rows_of in run_eager need not be
-    x_TK = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    operands = Operands(x_TK, weight, bias, a, b, router)
+    operands = Operands(rows_of(x), weight, bias, a, b, router)
     if backend == "reference":
         y_TN, gate_sums_BG = _reference(operands, settings)
     else:

@@ -75,7 +75,7 @@ def refuse_forward_mode(op: str) -> None:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """(..., K) as (T, K), where autograd does not look on."""
+    """(..., K) as (T, K)."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 

@@ -9,7 +9,6 @@ R = E·r, G = E + 1 gate entries, B segments (samples); L layers, as a suffix of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from citi_kernels.ops.autocast import as_autocast, autocast_is_on
 from citi_kernels.ops.molora_linear import molora_linear
 from citi_kernels.ops.molora_linear_checks import FLOATING, flat_segment_ids
 from citi_kernels.ops.molora_linear_contract import Operands, Settings
-from citi_kernels.ops.molora_linear_eager import is_plain_eager, refuse_forward_mode
+from citi_kernels.ops.molora_linear_eager import is_plain_eager, refuse_forward_mode, rows_of
 from citi_kernels.ops.molora_linear_group_eager import run_eager_group
 from citi_kernels.ops.molora_linear_group_op import group_op
 
@@ -202,7 +201,7 @@ def _one_op(
         layers = zip(weights, biases, a, b, routers, strict=True)
         return run_eager_group([Operands(x, *each) for each in layers], settings_L, backend)
     refuse_forward_mode("molora_linear_group")
-    x_TK = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    x_TK = rows_of(x)
     y_LTN, _, _, gate_sums_LBG = group_op(
         x_TK,
         [each for each in weights if each is not None],
