@@ -1,20 +1,20 @@
 #include "cpu/cpu_features.h"
 
-#if defined(CITI_X86_VARIANTS)
+#if defined(CITI_AVX2_VARIANT) || defined(CITI_AVX512_BF16_VARIANT)
 #include <cpuid.h>
 #endif
 
 namespace citi {
-
-#if defined(CITI_X86_VARIANTS)
 namespace {
 
 // By CPUID: compilers know these names late, GCC from 11 ("f16c") and Clang from 18 on. Their
 // registers are those of AVX2 and AVX-512, which are asked for as well.
+#if defined(CITI_AVX2_VARIANT)
 bool HasF16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
 }
+#endif
 
 #if defined(CITI_AVX512_BF16_VARIANT)
 bool HasAvx512Bf16() {
@@ -24,17 +24,19 @@ bool HasAvx512Bf16() {
 #endif
 
 }  // namespace
-#endif
 
 std::vector<Variant> RunnableVariants() {
   std::vector<Variant> runnable;
-#if defined(CITI_X86_VARIANTS)
-  // These also ask whether the operating system keeps the registers.
-  const bool has_avx512 = __builtin_cpu_supports("avx512f");
+  // __builtin_cpu_supports also asks whether the operating system keeps the registers.
 #if defined(CITI_AVX512_BF16_VARIANT)
-  if (has_avx512 && HasAvx512Bf16()) runnable.push_back(Variant::kAvx512Bf16);
+  if (__builtin_cpu_supports("avx512f") && HasAvx512Bf16()) {
+    runnable.push_back(Variant::kAvx512Bf16);
+  }
 #endif
-  if (has_avx512) runnable.push_back(Variant::kAvx512);
+#if defined(CITI_AVX512_VARIANT)
+  if (__builtin_cpu_supports("avx512f")) runnable.push_back(Variant::kAvx512);
+#endif
+#if defined(CITI_AVX2_VARIANT)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c()) {
     runnable.push_back(Variant::kAvx2);
   }

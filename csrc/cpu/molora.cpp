@@ -18,22 +18,18 @@ MoloraKernels Select(Variant variant, DType dtype) {
 #if defined(CITI_AVX512_BF16_VARIANT)
     case Variant::kAvx512Bf16:
       return MoloraKernelsAvx512Bf16(dtype);
-#else
-    case Variant::kAvx512Bf16:
 #endif
-#if defined(CITI_X86_VARIANTS)
+#if defined(CITI_AVX512_VARIANT)
     case Variant::kAvx512:
       return MoloraKernelsAvx512(dtype);
+#endif
+#if defined(CITI_AVX2_VARIANT)
     case Variant::kAvx2:
       return MoloraKernelsAvx2(dtype);
-#else
-    case Variant::kAvx512:
-    case Variant::kAvx2:
 #endif
-    case Variant::kPortable:
-      break;
+    default:
+      return MoloraKernelsPortable(dtype);
   }
-  return MoloraKernelsPortable(dtype);
 }
 
 template <class Problem, int kPhases>

@@ -18,21 +18,18 @@ constexpr int64_t kSegmentsPerTask = 1024;
 
 RowDotsOfTokens* Select(Variant variant) {
   switch (variant) {
-#if defined(CITI_X86_VARIANTS)
+#if defined(CITI_AVX512_VARIANT)
     case Variant::kAvx512Bf16:
     case Variant::kAvx512:
       return RowDotsOfTokensAvx512;
+#endif
+#if defined(CITI_AVX2_VARIANT)
     case Variant::kAvx2:
       return RowDotsOfTokensAvx2;
-#else
-    case Variant::kAvx512Bf16:
-    case Variant::kAvx512:
-    case Variant::kAvx2:
 #endif
-    case Variant::kPortable:
-      break;
+    default:
+      return RowDotsOfTokensPortable;
   }
-  return RowDotsOfTokensPortable;
 }
 
 template <class Score>

@@ -7,21 +7,18 @@ namespace {
 
 ScoresOfTask* Select(Variant variant) {
   switch (variant) {
-#if defined(CITI_X86_VARIANTS)
+#if defined(CITI_AVX512_VARIANT)
     case Variant::kAvx512Bf16:
     case Variant::kAvx512:
       return ScoresOfTaskAvx512;
+#endif
+#if defined(CITI_AVX2_VARIANT)
     case Variant::kAvx2:
       return ScoresOfTaskAvx2;
-#else
-    case Variant::kAvx512Bf16:
-    case Variant::kAvx512:
-    case Variant::kAvx2:
 #endif
-    case Variant::kPortable:
-      break;
+    default:
+      return ScoresOfTaskPortable;
   }
-  return ScoresOfTaskPortable;
 }
 
 // Rows of sums (rows, sums_of_row), `per_segment` of them for each segment of rows.
