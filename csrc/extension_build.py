@@ -2,8 +2,9 @@
 
     CITI_BUILD_CUDA   auto (default): CUDA kernels if an nvcc of CUDA 12 or newer works, or a line
                       that says why not; 1: it is required; 0: none
-    CITI_CUDA_ARCHS   such as "80;90a" (default: 80;89;90a;100a, those that this nvcc knows); PTX of
-                      the newest is added, without its letter, so that GPUs to come can run it
+    CITI_CUDA_ARCHS   such as "80;90a" (default: 80;89;90a;100a, those that this nvcc knows), or
+                      native: those of this machine's GPUs, for a quicker build; PTX of the newest
+                      is added, without its letter, so that GPUs to come can run it
     CITI_WERROR       1: warnings of the compilers are errors, as in CI
 
 Without a C++ compiler the package installs as pure Python, and one line says so. CMake, ninja and
@@ -162,16 +163,32 @@ def cuda_archs(known: list[str]) -> list[str]:
     Args:
         known: what `nvcc --list-gpu-arch` prints, such as "compute_90"; names without letters.
     Raises:
-        SetupError: an entry is no architecture.
+        SetupError: an entry is no architecture, or "native" and there is no GPU.
     """
     asked = os.environ.get("CITI_CUDA_ARCHS")
     if not asked:
         return [arch for arch in DEFAULT_ARCHS if f"compute_{arch.rstrip('a')}" in known]
+    if asked.strip() == "native":
+        return _archs_of_this_machine()
     archs = [entry.removeprefix("sm_") for entry in re.split(r"[;,\s]+", asked.strip())]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
             raise SetupError(f'CITI_CUDA_ARCHS: want names such as "80;90a", got {asked!r}')
     return archs
+
+
+def _archs_of_this_machine() -> list[str]:
+    """Of its GPUs; with the letter where the default has one, for kernels that need it."""
+    listed = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]) or ""
+    found = [major + minor for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", listed, re.M)]
+    if not found:
+        raise SetupError(
+            "CITI_CUDA_ARCHS: native wants a GPU that nvidia-smi lists, and there is none; "
+            'name the architectures, such as "80;90a"'
+        )
+    with_letter = {arch.rstrip("a"): arch for arch in DEFAULT_ARCHS}
+    archs = {with_letter.get(arch, arch) for arch in found}
+    return sorted(archs, key=lambda arch: int(arch.rstrip("a")))
 
 
 def first_error(output: str) -> str:

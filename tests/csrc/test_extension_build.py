@@ -165,6 +165,36 @@ def test_architectures_are_those_asked_for_or_the_default_ones_that_nvcc_knows(
     assert build.cuda_archs(KNOWN) == ["86", "120", "90a"]
 
 
+@pytest.mark.parametrize(
+    ("listed", "archs"),
+    [("9.0\n9.0\n", ["90a"]), ("8.6\n10.0\n8.0\n", ["80", "86", "100a"])],
+    ids=["alike", "several"],
+)
+def test_native_architectures_are_those_of_the_gpus(
+    build: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    listed: str,
+    archs: list[str],
+) -> None:
+    _program(tmp_path / "nvidia-smi", f"#!/bin/sh\nprintf '{listed}'\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CITI_CUDA_ARCHS", "native")
+    assert build.cuda_archs(KNOWN) == archs
+
+
+@pytest.mark.parametrize("says", [None, "No devices were found", "[N/A]"], ids=str)
+def test_native_without_a_gpu_asks_for_names(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, says: str | None
+) -> None:
+    if says is not None:
+        _program(tmp_path / "nvidia-smi", f"#!/bin/sh\necho '{says}'\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CITI_CUDA_ARCHS", "native")
+    with pytest.raises(build.SetupError, match="CITI_CUDA_ARCHS: native wants a GPU"):
+        build.cuda_archs(KNOWN)
+
+
 def test_cuda_is_configured_when_nvcc_is_found_unless_it_is_refused(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
