@@ -319,7 +319,8 @@ __device__ __forceinline__ void Gradient(const ParameterScoresLaunch& p, const T
   constexpr int kStageBytes = 2 * Step::kBytes;
   unsigned char* const memory = SharedMemory();
   Copier<Element, Tile, Rows> copier(p, place);
-#pragma unroll
+// A loop, for the code of a copy is long: unrolled, the kernels take a third longer to compile.
+#pragma unroll 1
   for (int stage = 0; stage < kStages - 1; ++stage) copier.Copy(memory + stage * kStageBytes);
   int stage = 0, freed = kStages - 1;
   for (int64_t t = 0; t < p.num_tokens; t += Step::kTokens) {
