@@ -1,6 +1,6 @@
-"""RESULTS.md, and the README's table, from committed result files.
+"""RESULTS.md, the README's table and the picture of each scale, from committed result files.
 
-`python -m benchmarks.method.results_table` writes both.
+`python -m benchmarks.method.results_table` writes all of them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.figures import save
 from benchmarks.method.bootstrap import Estimate
 from benchmarks.method.data_sets import EVALUATION
 from benchmarks.method.paper import MODEL, PAPER
@@ -26,6 +27,7 @@ from benchmarks.method.summary import (
     RowSummary,
     summarise,
 )
+from benchmarks.method.trade_off_figure import trade_off
 from benchmarks.method.verdicts import NOT_MEASURED, verdicts
 from citi.durable import write_text
 from citi.evaluation.tool_calls import SCORES
@@ -70,6 +72,25 @@ def results_markdown(folder: Path) -> str:
     return "\n".join(parts)
 
 
+def draw_pictures(folder: Path) -> list[Path]:
+    """Writes the picture of each scale that has more rows than vanilla; errors as above."""
+    results, drawn = load_results(folder), []
+    for scale in SCALES:
+        rows = summarise([each for each in results if each.scale == scale])
+        if _has_picture(rows):
+            drawn.append(folder / _picture(scale))
+            save(trade_off(rows), drawn[-1])
+    return drawn
+
+
+def _picture(scale: str) -> str:
+    return f"trade_off_{scale}.png"
+
+
+def _has_picture(rows: Mapping[str, RowSummary]) -> bool:
+    return "vanilla" in rows and len(rows) > 1
+
+
 def filled_readme(text: str, folder: Path) -> str:
     """The README with its table of measured rows written anew; errors as `results_markdown`."""
     results = load_results(folder)
@@ -104,22 +125,34 @@ def _rows_section() -> str:
 
 def _scale_section(scale: str, rows: Mapping[str, RowSummary]) -> str:
     lines = [f"## Scale {scale}", ""]
-    if rows:
-        lines += [_setting(rows), ""]
+    if not rows:
+        return "\n".join([*lines, NOT_MEASURED, ""])
+    lines += [_setting(rows), "", *_missing_lines(rows)]
+    if _has_picture(rows):
+        alt = "Exact calls of API-Bank against the change of the general answers' NLL, by row"
+        lines += [f"![{alt}](../results/method/{_picture(scale)})", ""]
     sections = (
         ("Does it reproduce?", _verdict_lines(rows)),
         ("What we think it says", _reading_lines(scale)),
         ("Beside the paper", _paper_lines(rows)),
         ("Tool calls", _tool_lines(rows)),
         ("General ability", _change_lines(rows)),
-        ("Every tool set", _score_lines(rows) if rows else [NOT_MEASURED]),
-        ("Every general set", _nll_lines(rows) if rows else [NOT_MEASURED]),
+        ("Every tool set", _score_lines(rows)),
+        ("Every general set", _nll_lines(rows)),
         ("Learning rates", _search_lines(rows)),
         ("What it took", _cost_lines(rows)),
     )
     for title, content in filter(lambda section: section[1], sections):
         lines += [f"### {title}", "", *content, ""]
     return "\n".join(lines)
+
+
+def _missing_lines(rows: Mapping[str, RowSummary]) -> list[str]:
+    """The rows without a result, which no table has."""
+    titles = [load_row(name).title for name in ROWS if name not in rows]
+    return (
+        [f"{NOT_MEASURED.capitalize()} at this scale: {', '.join(titles)}.", ""] if titles else []
+    )
 
 
 def _setting(rows: Mapping[str, RowSummary]) -> str:
@@ -269,11 +302,9 @@ def _seconds(row: RowSummary) -> tuple[list[float], list[float]]:
 
 
 def _row_table(header: list[str], rows: Mapping[str, RowSummary], cells: Cells) -> list[str]:
-    """One line a row; a row without a result says so, a trial without one is left out."""
-    lines = []
-    for name in (*ROWS, *filter(rows.__contains__, TRIALS)):
-        blank = [NOT_MEASURED, *[_NOTHING] * (len(header) - 1)]
-        lines.append([load_row(name).title, *(cells(name, rows[name]) if name in rows else blank)])
+    """One line for each row that is measured."""
+    measured = filter(rows.__contains__, ROWS + TRIALS)
+    lines = [[load_row(name).title, *cells(name, rows[name])] for name in measured]
     return _table(["row", *header], lines)
 
 
@@ -302,6 +333,7 @@ def main() -> None:
     options = parser.parse_args()
     write_text(options.target, results_markdown(options.folder))
     if options.folder == RESULTS:  # the README tells of the committed results alone
+        draw_pictures(RESULTS)
         write_text(README, filled_readme(README.read_text(encoding="utf-8"), RESULTS))
 
 

@@ -16,9 +16,10 @@ from benchmarks.method.paper import PAPER
 from benchmarks.method.results_table import filled_readme, results_markdown
 from benchmarks.method.row_config import ROWS, TRIALS, load_row
 from benchmarks.method.row_result import RowResult
-from benchmarks.method.scale import CPU
+from benchmarks.method.scale import CPU, SCALES
 from benchmarks.method.search_table import search_cells
 from benchmarks.method.summary import API_BANK, GENERAL, MixedResultsError, summarise
+from benchmarks.method.trade_off_figure import trade_off
 from benchmarks.method.verdicts import verdicts
 
 NUM_SAMPLES = 40
@@ -98,14 +99,38 @@ def test_the_readmes_table_is_that_of_its_scale(tmp_path: Path) -> None:
     assert filled_readme(nothing, tmp_path) == nothing
 
 
-def test_a_row_without_a_file_is_not_yet_measured(tmp_path: Path) -> None:
+def test_what_has_no_file_is_named_as_not_yet_measured_and_stands_in_no_table(
+    tmp_path: Path,
+) -> None:
+    nothing = results_markdown(tmp_path)
+    for scale in SCALES:
+        assert f"## Scale {scale}\n\nnot yet measured\n" in nothing
+    result("vanilla", 0.0, 0.0).save(tmp_path)
     text = results_markdown(tmp_path)
-    for name in ROWS:
-        line = f"| {load_row(name).title} | not yet measured | - |"
-        assert text.count(line) == 6, "three tables of each of two scales"
-    for name in TRIALS:
-        assert text.count(load_row(name).title) == 1, "said what it is, in no table"
+    missing = ", ".join(load_row(name).title for name in ROWS if name != "vanilla")
+    assert f"\nNot yet measured at this scale: {missing}.\n" in text
+    for name in ROWS + TRIALS:
+        tables = text.count(f"\n| {load_row(name).title} |") - 1  # one says what the row is
+        assert tables == (6 if name == "vanilla" else name in PAPER), name
     assert "does not reproduce" not in text
+
+
+def test_the_picture_has_a_point_for_every_row(tmp_path: Path) -> None:
+    for each in good_results():
+        each.save(tmp_path)
+    (picture,) = results_table.draw_pictures(tmp_path)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.name in results_markdown(tmp_path)
+    (axes,) = trade_off(summarise(good_results())).axes
+    places = {label.get_text(): label.xy for label in axes.texts}
+    assert places.keys() == {"vanilla", "FT", "LoRA", "LoRA + DM", "CITI"}
+    assert places["CITI"] == pytest.approx((2.0, 60.0))
+
+
+def test_a_scale_with_vanilla_alone_has_no_picture(tmp_path: Path) -> None:
+    result("vanilla", 0.0, 0.0).save(tmp_path)
+    assert results_table.draw_pictures(tmp_path) == []
+    assert ".png" not in results_markdown(tmp_path)
 
 
 def test_measured_rows_stand_beside_the_papers_numbers(tmp_path: Path) -> None:
@@ -115,7 +140,6 @@ def test_measured_rows_stand_beside_the_papers_numbers(tmp_path: Path) -> None:
     assert "| LoRA | 65.98% | 38.62 | +7.2% | 60.00% | 25.00 | +20.0% |" in text
     assert "| CITI | 58.92% | 34.51 | +3.5% | 60.00% | 25.00 | +2.0% |" in text
     assert "50.0% to 70.0%" in text, "single seeds of CITI"
-    assert "| FT + DM | not yet measured" in text
     short = filled_readme("<!-- method cpu -->\n<!-- method end -->", tmp_path)
     assert "| LoRA | 1 | 60.0% [" in short
     assert "| CITI | 2 | 60.0% [" in short
