@@ -2,7 +2,8 @@
 
 Columns of a set, one value a sample:
 
-    tool, samples that want calls   format, name, arguments, exact (0 to 1)
+    tool, samples that want calls   format, name, arguments, exact (0 to 1), wanted_calls (count);
+                                    where no tool fits, 0 calls are wanted
     tool, the other samples         rouge_l (0 to 1)
     general                         nll (nats, over the answer), tokens (of the answer)
     general, the judged ones        right (0 or 1): the first judged_samples that meta can judge
@@ -22,6 +23,7 @@ from torch import nn
 
 from benchmarks.method.code_tests import has_tests, passes_tests
 from benchmarks.method.data_sets import EVALUATION, DataFolder, EvaluationSet
+from benchmarks.method.row_result import WANTED_CALLS
 from benchmarks.method.scale import Scale
 from citi.data import Sample, read_samples
 from citi.durable import write_json
@@ -32,7 +34,7 @@ from citi.evaluation.tool_calls import SCORES
 from citi.observer import RunObserver
 from citi.saved_json import read_object
 
-FORMAT, VERSION = "citi.method_measures", 1
+FORMAT, VERSION = "citi.method_measures", 2
 _TYPES = {"columns": dict, "seconds": float}
 DIGITS = 5
 
@@ -61,13 +63,14 @@ class Measuring:
 
     def tool(self, samples: Sequence[Sample], note: str) -> Columns:
         """Answers a tool set and scores it."""
-        columns: Columns = {name: [] for name in (*SCORES, "rouge_l")}
+        columns: Columns = {name: [] for name in (*SCORES, WANTED_CALLS, "rouge_l")}
         answers = self._answers(samples, note)
         for sample, answer in zip(samples, answers, strict=True):
             gold = gold_calls_of(sample)
             if gold is not None:
                 for name, value in score_tool_calls(answer, gold).items():
                     columns[name].append(round(value, DIGITS))
+                columns[WANTED_CALLS].append(len(gold))
             elif sample.answer_index is not None:
                 wanted = sample.messages[sample.answer_index].content
                 columns["rouge_l"].append(round(rouge_l(wanted, answer), DIGITS))

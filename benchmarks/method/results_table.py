@@ -38,6 +38,7 @@ README = Path(__file__).parents[2] / "README.md"
 # one file a scale: what its results say, and why we think so, written by hand
 READINGS = Path(__file__).with_name("readings")
 _NOTHING = "-"
+_IRRELEVANCE = "no call where no tool fits"
 _HEADER = """# The method against what it is compared with
 
 Written by `python -m benchmarks.method.results_table` from benchmarks/results/method; how to run a
@@ -109,10 +110,11 @@ def _short_lines(rows: Mapping[str, RowSummary]) -> list[str]:
     lines = []
     for name in filter(rows.__contains__, ROWS + TRIALS):
         row, change = rows[name], _general_change(rows, rows[name])
-        calls = [_share(row.pooled(sets, "exact")) for sets in (API_BANK, UNSEEN)]
+        calls = [_share(row.calls(sets)) for sets in (API_BANK, UNSEEN)]
+        calls.append(_irrelevance(row))
         calls.append(_NOTHING if change is None else _signed(change))
         lines.append([load_row(name).title, str(len(row.results)), *calls])
-    header = ["row", "seeds", "exact calls, API-Bank", "exact calls, unseen tools"]
+    header = ["row", "seeds", "exact calls, API-Bank", "exact calls, unseen tools", _IRRELEVANCE]
     return _table([*header, "general answer NLL, against vanilla"], lines)
 
 
@@ -202,7 +204,7 @@ def _ours(rows: Mapping[str, RowSummary], name: str) -> list[str]:
     row = rows[name]
     change = _general_change(rows, row)
     loss = _NOTHING if change is None else f"{change.value:+.1%}"
-    calls, rouge = row.pooled(API_BANK, "exact"), row.pooled(RESPONSES, "rouge_l")
+    calls, rouge = row.calls(API_BANK), row.pooled(RESPONSES, "rouge_l")
     return [f"{calls.value:.2%}", f"{100 * rouge.value:.2f}", loss]
 
 
@@ -216,16 +218,21 @@ def _tool_lines(rows: Mapping[str, RowSummary]) -> list[str]:
     vanilla = rows.get("vanilla")
 
     def cells(name: str, row: RowSummary) -> list[str]:
-        exact = row.pooled(API_BANK, "exact")
-        gain = _signed(exact - vanilla.pooled(API_BANK, "exact")) if vanilla else _NOTHING
-        spread = row.seed_range(API_BANK, "exact")
+        exact = row.calls(API_BANK)
+        gain = _signed(exact - vanilla.calls(API_BANK)) if vanilla else _NOTHING
+        spread = row.seed_range(API_BANK)
         seeds = _NOTHING if spread is None else f"{spread[0]:.1%} to {spread[1]:.1%}"
-        unseen = _share(row.pooled(UNSEEN, "exact"))
-        return [_share(exact), gain, seeds, unseen, _share(row.pooled(RESPONSES, "rouge_l"))]
+        unseen, responses = _share(row.calls(UNSEEN)), _share(row.pooled(RESPONSES, "rouge_l"))
+        return [_share(exact), gain, seeds, unseen, _irrelevance(row), responses]
 
     header = ["exact calls, API-Bank", "against vanilla", "single seeds"]
-    header += ["exact calls, unseen tools", "ROUGE-L of responses"]
+    header += ["exact calls, unseen tools", _IRRELEVANCE, "ROUGE-L of responses"]
     return _row_table(header, rows, cells)
+
+
+def _irrelevance(row: RowSummary) -> str:
+    found = row.irrelevance(UNSEEN)
+    return _NOTHING if found is None else _share(found)
 
 
 def _change_lines(rows: Mapping[str, RowSummary]) -> list[str]:
@@ -249,7 +256,8 @@ def _score_lines(rows: Mapping[str, RowSummary]) -> list[str]:
 
     def cells(_: str, row: RowSummary) -> list[str]:
         return [
-            " / ".join(f"{row.share(name, score).value:.0%}" for score in SCORES) for name in names
+            " / ".join(f"{row.calls([name], score).value:.0%}" for score in SCORES)
+            for name in names
         ]
 
     header = [f"{name}: {' / '.join(SCORES)}" for name in names]

@@ -13,9 +13,10 @@ from benchmarks.method.data_sets import EVALUATION
 from citi.durable import write_text
 from citi.saved_json import SavedFileError, read_object
 
-FORMAT, VERSION = "citi.method_row", 1
+FORMAT, VERSION = "citi.method_row", 2
+WANTED_CALLS = "wanted_calls"
 COLUMNS = {
-    "tool": {"format", "name", "arguments", "exact", "rouge_l"},
+    "tool": {"format", "name", "arguments", "exact", WANTED_CALLS, "rouge_l"},
     "general": {"nll", "tokens", "right", "passes"},
 }
 _FLAT_LIST = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
@@ -101,9 +102,11 @@ class RowResult:
                     f"must hold columns of {sorted(wanted[name])} for {name}, got {columns!r:.80}"
                 )
             for column, values in columns.items():
-                top = math.inf if column in ("nll", "tokens") else 1
+                top = math.inf if column in ("nll", "tokens", WANTED_CALLS) else 1
                 if not (isinstance(values, list) and values and _within(values, top)):
                     return f"must hold numbers from 0 to {top} as {name} {column}"
+            if len(columns.get("exact", ())) != len(columns.get(WANTED_CALLS, ())):
+                return f"must hold a {WANTED_CALLS} for each exact of {name}"
         return None
 
 

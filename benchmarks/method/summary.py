@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.method.bootstrap import Estimate, mean_estimate, mean_of, ratio_estimate
 from benchmarks.method.data_sets import EVALUATION
-from benchmarks.method.row_result import RowResult
+from benchmarks.method.row_result import WANTED_CALLS, RowResult
 
 API_BANK = ("api_bank_lv1", "api_bank_lv3")
 RESPONSES = ("responses_lv1", "responses_lv3")
@@ -53,6 +53,32 @@ class RowSummary:
         weights = [float(len(self.values(name, column))) for name in names]
         return mean_of([self.share(name, column) for name in names], weights)
 
+    def calls(self, names: Sequence[str], column: str = "exact") -> Estimate:
+        """Mean of a score over the samples of several sets that want calls."""
+        return self._scores(names, column, lambda wanted: wanted > 0)
+
+    def irrelevance(self, names: Sequence[str]) -> Estimate | None:
+        """Share of the questions that no tool fits and that were answered without a call.
+
+        None where the sets have no such question.
+        """
+        has_any = any(0 in self.values(name, WANTED_CALLS) for name in names)
+        return self._scores(names, "exact", lambda wanted: wanted == 0) if has_any else None
+
+    def _scores(
+        self, names: Sequence[str], column: str, is_counted: Callable[[float], bool]
+    ) -> Estimate:
+        """Mean over the samples whose number of wanted calls is counted."""
+        estimates, weights = [], []
+        for name in names:
+            counted = [float(is_counted(each)) for each in self.values(name, WANTED_CALLS)]
+            if any(counted):
+                pairs = zip(self.values(name, column), counted, strict=True)
+                scores = [value * each for value, each in pairs]
+                estimates.append(ratio_estimate(f"{name}/{column}", scores, counted))
+                weights.append(sum(counted))
+        return mean_of(estimates, weights)
+
     def nll(self, name: str) -> Estimate:
         """Nats a token of a general set's reference answers."""
         return ratio_estimate(name, self.values(name, "nll"), self.values(name, "tokens"))
@@ -61,11 +87,11 @@ class RowSummary:
         """Mean over sets of nll(row) / nll(base) - 1; above zero is forgetting."""
         return mean_of([self.nll(name) / base.nll(name) - 1.0 for name in names])
 
-    def seed_range(self, names: Sequence[str], column: str) -> tuple[float, float] | None:
-        """The least and the greatest pooled mean of single seeds; None for one seed."""
+    def seed_range(self, names: Sequence[str]) -> tuple[float, float] | None:
+        """The least and the greatest share of exact calls of single seeds; None for one seed."""
         if len(self.results) < 2:
             return None
-        values = [RowSummary((each,)).pooled(names, column).value for each in self.results]
+        values = [RowSummary((each,)).calls(names).value for each in self.results]
         return min(values), max(values)
 
 

@@ -27,7 +27,7 @@ def trade_off(rows: Mapping[str, RowSummary]) -> Figure:
     for name in filter(rows.__contains__, ROWS + TRIALS):
         row = rows[name]
         change = row.change(rows["vanilla"], _EVERY) * 100
-        calls = row.pooled(API_BANK, "exact") * 100
+        calls = row.calls(API_BANK) * 100
         axes.errorbar(
             change.value,
             calls.value,

@@ -50,7 +50,7 @@ def _calls(rows: Mapping[str, RowSummary]) -> Verdict:
     claim = "CITI's exact calls on API-Bank are at least those of LoRA + DM"
     if not {"citi", "lora_dm"} <= rows.keys():
         return Verdict(claim, NOT_MEASURED, "")
-    ours, theirs = (rows[row].pooled(API_BANK, "exact") for row in ("citi", "lora_dm"))
+    ours, theirs = (rows[row].calls(API_BANK) for row in ("citi", "lora_dm"))
     difference = ours - theirs
     figures = f"{ours.value:.1%} against {theirs.value:.1%}; difference {_signed(difference)}"
     if ours.value == theirs.value == 0:

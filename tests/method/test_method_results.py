@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ def samples(exact: float, change: float) -> dict:
         else:
             right = [float(i < exact * NUM_SAMPLES) for i in range(NUM_SAMPLES)]
             found[each.name] = dict.fromkeys(("format", "name", "arguments", "exact"), right)
+            found[each.name]["wanted_calls"] = [1] * NUM_SAMPLES
     return found
 
 
@@ -113,6 +115,24 @@ def test_what_has_no_file_is_named_as_not_yet_measured_and_stands_in_no_table(
         tables = text.count(f"\n| {load_row(name).title} |") - 1  # one says what the row is
         assert tables == (6 if name == "vanilla" else name in PAPER), name
     assert "does not reproduce" not in text
+
+
+def test_questions_that_no_tool_fits_are_counted_apart(tmp_path: Path) -> None:
+    """A row that never calls has all of them right, and no call."""
+    row = result("vanilla", 0.0, 0.0)
+    scores = row.samples["bfcl"]
+    scores["wanted_calls"] = [0] * 10 + [2] * 30
+    for name in ("format", "name", "arguments", "exact"):
+        scores[name] = [1.0] * 9 + [0.0] * 28 + [1.0] * 3
+    row.save(tmp_path)
+    summary = summarise([row])["vanilla"]
+    assert summary.calls(["bfcl"]).value == pytest.approx(3 / 30)
+    assert summary.irrelevance(["bfcl", "seal_tools"]).value == pytest.approx(9 / 10)
+    assert summary.irrelevance(["seal_tools"]) is None
+    low, high = summary.irrelevance(["bfcl"]).interval
+    assert low < 0.9 < high
+    text = results_markdown(tmp_path)
+    assert re.search(r"\| 4\.3% \[[^|]*\| 90\.0% \[", text), "3 of 70 calls; 9 of 10 questions"
 
 
 def test_the_picture_has_a_point_for_every_row(tmp_path: Path) -> None:

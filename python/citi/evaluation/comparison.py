@@ -46,8 +46,9 @@ def mean_relative_change(base: EvalResult, other: EvalResult) -> float | None:
 def comparison_table(results: Mapping[str, EvalResult]) -> Table:
     """A rich table with one column a result; the first is what the others are compared with.
 
-    Tool rows: format, name, arguments and exact in percent, with counts, and ROUGE-L of
-    responses. General rows: answer NLL with its change against the first column, exact match.
+    Tool rows: format, name, arguments and exact in percent, with counts, the share of questions
+    that no tool fits and that were answered without a call, and ROUGE-L of responses. General
+    rows: answer NLL with its change against the first column, exact match.
 
     Args:
         results: column title, or name of a file in eval/ → result, such as base, tuned, lora.
@@ -111,6 +112,10 @@ def _tool_rows(columns: list[EvalResult]) -> list[_Row]:
                 )
                 for score in SCORES
             ]
+        if any(figure.get("num_irrelevant") for figure in figures):
+            cells = tuple(_share(f, "irrelevance", "num_irrelevant", whole=True) for f in figures)
+            label = f"{name} · no call where no tool fits"
+            rows.append(_Row(label, _count(figures, "num_irrelevant"), cells))
         if any(figure.get("num_responses") for figure in figures):
             cells = tuple(_share(f, "rouge_l", "num_responses", whole=False) for f in figures)
             rows.append(_Row(f"{name} · ROUGE-L", _count(figures, "num_responses"), cells))

@@ -65,7 +65,9 @@ class EvalResult:
 
     Attributes:
         tool: per set `format`, `name`, `arguments`, `exact` (means over its `num_calls` rows with
-            wanted calls, 0 to 1), `rouge_l` (mean F over its `num_responses` other rows), `n`.
+            wanted calls, 0 to 1), `irrelevance` (share of its `num_irrelevant` rows, whose right
+            answer calls nothing, that were answered so; BFCL's name), `rouge_l` (mean F over its
+            `num_responses` other rows), `n`.
         general: per set `nll` (nats a token over its `num_tokens` answer tokens), `exact_match`
             (share of its `num_judged` answers), `n`.
         settings: of the measurement.
@@ -113,10 +115,10 @@ def evaluate(
 ) -> EvalResult:
     """Measures tool calls, responses and general ability of one model.
 
-    Tool sets are answered; rows with wanted calls (`gold_calls_of`) are scored by
-    `score_tool_calls`, the others are responses, scored by ROUGE-L. General sets are measured by
-    the NLL of their reference answers, and where meta says what is right, by exact match.
-    Generated code is never run.
+    Tool sets are answered; rows with wanted calls (`gold_calls_of`), and rows that no tool fits,
+    are scored by `score_tool_calls`, the others are responses, scored by ROUGE-L. General sets are
+    measured by the NLL of their reference answers, and where meta says what is right, by exact
+    match. Generated code is never run.
 
     Args:
         model: a Hugging Face causal LM or a PeftModel around one.
@@ -164,23 +166,30 @@ class _Measure:
             )
         texts = self._generate(name, samples)
         scored: list[dict[str, float]] = []
+        without_call: list[float] = []
         responses: list[tuple[str, str]] = []
         rows: list[dict[str, Any]] = []
         for sample, text in zip(samples, texts, strict=True):
             gold = gold_calls_of(sample)
             row: dict[str, Any] = {"id": sample.id, "answer": text}
             if gold is not None:
-                scored.append(score_tool_calls(text, gold))
-                row.update(scored[-1])
+                scores = score_tool_calls(text, gold)
+                row.update(scores)
+                if gold:
+                    scored.append(scores)
+                else:
+                    without_call.append(scores["exact"])
             elif sample.answer_index is not None:
                 responses.append((sample.messages[sample.answer_index].content, text))
             rows.append(row)
         self.answers[name] = rows
         return {
             **{score: _mean(row[score] for row in scored) for score in SCORES},
+            "irrelevance": _mean(without_call),
             "rouge_l": self._rouge_l(responses),
             "n": len(samples),
             "num_calls": len(scored),
+            "num_irrelevant": len(without_call),
             "num_responses": len(responses),
         }
 

@@ -40,6 +40,7 @@ _METRICS = {
         _Metric("format", "well-formed call", "num_calls", "calls"),
         _Metric("name", "right tool name", "num_calls", "calls"),
         _Metric("arguments", "right arguments", "num_calls", "calls"),
+        _Metric("irrelevance", "no call where no tool fits", "num_irrelevant", "questions"),
         _Metric("rouge_l", "ROUGE-L", "num_responses", "responses"),
     ),
     "general": (
