@@ -152,9 +152,9 @@ def _scale_section(scale: str, rows: Mapping[str, RowSummary]) -> str:
 def _missing_lines(rows: Mapping[str, RowSummary]) -> list[str]:
     """The rows without a result, which no table has."""
     titles = [load_row(name).title for name in ROWS if name not in rows]
-    return (
-        [f"{NOT_MEASURED.capitalize()} at this scale: {', '.join(titles)}.", ""] if titles else []
-    )
+    if not titles:
+        return []
+    return [f"{NOT_MEASURED.capitalize()} at this scale: {', '.join(titles)}.", ""]
 
 
 def _setting(rows: Mapping[str, RowSummary]) -> str:
