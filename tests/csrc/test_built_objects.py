@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from built_code import cuobjdump, disassembled, run, usages
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
@@ -34,12 +34,6 @@ TESTED_ELSEWHERE = (
 )
 
 
-def run(*command: str | Path) -> str:
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=True
-    ).stdout
-
-
 def symbols(path: Path, *options: str) -> list[str]:
     """Lines of nm: an address, a letter, a name."""
     if shutil.which("nm") is None:
@@ -53,17 +47,6 @@ def objects(pattern: str) -> list[Path]:
     if not found:
         pytest.skip(f"the build folder has no {pattern}")
     return found
-
-
-def cuobjdump() -> str:
-    """Of the CUDA toolkit, or the one that Triton brings."""
-    if program := shutil.which("cuobjdump"):
-        return program
-    triton = importlib.util.find_spec("triton")
-    bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else Path()
-    if not bundled.is_file():
-        pytest.skip("cuobjdump is neither on PATH nor in Triton")
-    return str(bundled)
 
 
 def test_no_object_of_the_kernels_knows_torch_or_python(extension: ModuleType) -> None:
@@ -127,24 +110,17 @@ def kernel_of(symbol: str) -> str:
 def test_kernels_stay_within_registers_and_shared_memory_and_spill_nothing(
     cuda_extension: ModuleType,
 ) -> None:
-    report = run(cuobjdump(), "--dump-resource-usage", cuda_extension.__file__)
-    pattern = r"arch = (sm_\w+)|Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     counts: dict[str, dict[str, int]] = {}
-    arch = ""
-    for found in re.finditer(pattern, report):
-        if found[1]:
-            arch = found[1]
-            continue
-        kernel = kernel_of(found[2])
+    for usage in usages(cuda_extension.__file__):
+        kernel = kernel_of(usage.function)
         if kernel in TESTED_ELSEWHERE:
             continue
-        counts.setdefault(arch, dict.fromkeys(LIMITS, 0))[kernel] += 1
-        registers, stack, shared, local = map(int, found.groups()[2:])
-        print(f"{arch} {found[2]}: {registers} registers, {shared} bytes shared")
-        assert registers <= LIMITS[kernel]["registers"], (arch, found[2])
+        counts.setdefault(usage.arch, dict.fromkeys(LIMITS, 0))[kernel] += 1
+        print(usage)
+        assert usage.registers <= LIMITS[kernel]["registers"], usage
         # 1 KiB is the system's
-        assert shared <= LIMITS[kernel]["shared_bytes"] + 1024, (arch, found[2])
-        assert stack == local == 0, (arch, found[2])
+        assert usage.shared <= LIMITS[kernel]["shared_bytes"] + 1024, usage
+        assert usage.stack == usage.local == 0, usage
     archs = [a for a in cuda_extension.built_with["cuda_archs"].split() if a.startswith("sm_")]
     instances = {kernel: limits["instances"] for kernel, limits in LIMITS.items()}
     assert counts == dict.fromkeys(archs, instances)
@@ -154,17 +130,19 @@ def test_kernels_have_the_instructions_that_they_are_written_for(
     cuda_extension: ModuleType,
 ) -> None:
     """Asynchronous copies, matrices from shared memory, tensor cores: by name in the SASS."""
-    code = run(cuobjdump(), "--dump-sass", cuda_extension.__file__)
-    for text in re.split(r"Function : ", code)[1:]:
-        symbol = text.split("\n", 1)[0]
-        for instruction in LIMITS.get(kernel_of(symbol), {}).get("instructions", ()):
-            assert instruction in text, (symbol, instruction)
+    wanted = {kernel: limits.get("instructions", ()) for kernel, limits in LIMITS.items()}
+    for kernel, instructions in wanted.items():
+        if not instructions:
+            continue
+        functions = disassembled(cuda_extension.__file__, f"{len(kernel)}{kernel}")
+        assert functions
+        for function in functions:
+            for instruction in instructions:
+                assert instruction in function.code, (*function[:2], instruction)
 
 
 def test_aligned_inputs_are_loaded_16_bytes_at_a_time(cuda_extension: ModuleType) -> None:
-    code = run(cuobjdump(), "--dump-sass", cuda_extension.__file__)
-    functions = re.split(r"Function : ", code)[1:]
-    aligned = [text for text in functions if "AlignedElements" in text.split("\n", 1)[0]]
+    aligned = disassembled(cuda_extension.__file__, "AlignedElements")
     assert aligned
-    for text in aligned:
-        assert re.search(r"LDG\.E\.128", text), text.split("\n", 1)[0]
+    for function in aligned:
+        assert re.search(r"LDG\.E\.128", function.code), function[:2]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
-from test_built_objects import cuobjdump, run
+
+from built_code import Function, disassembled, usages
 
 NAME = "ExtendedGemmKernel"
 # width of a tile, blocks of a cluster, stages; bf16 and fp16; weight in rows of K, of N
@@ -31,61 +31,45 @@ class Kernel(NamedTuple):
         return [i for i, line in enumerate(self.code) if re.search(pattern, line)]
 
 
-def sections(report: str) -> dict[str, str]:
-    """The parts of each architecture, of which every source file has one."""
-    parts, found = re.split(r"arch = (sm_\w+)", report), {}
-    for arch, part in zip(parts[1::2], parts[2::2], strict=True):
-        found[arch] = found.get(arch, "") + part
-    return found
-
-
 @pytest.fixture
-def sass(cuda_extension: ModuleType) -> dict[str, list[str]]:
-    """Code of the functions of this name, by architecture."""
+def functions(cuda_extension: ModuleType) -> tuple[Function, ...]:
+    """The kernels of this name on every architecture."""
     if "sm_90a" not in cuda_extension.built_with["cuda_archs"].split():
         pytest.skip("built without sm_90a")
-    code = sections(run(cuobjdump(), "--dump-sass", Path(cuda_extension.__file__)))
-    return {
-        arch: [text for text in re.split(r"Function : ", part) if NAME in text.split("\n", 1)[0]]
-        for arch, part in code.items()
-    }
+    return disassembled(cuda_extension.__file__, NAME)
 
 
 @pytest.fixture
-def kernels(sass: dict[str, list[str]]) -> list[Kernel]:
+def kernels(functions: tuple[Function, ...]) -> list[Kernel]:
     found = []
-    for text in sass["sm_90a"]:
-        name, body = text.split("\n", 1)
-        code = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(\S.*?) ?;", body)
-        found.append(Kernel(*map(int, TEMPLATE.search(name).groups()), code))
+    for function in functions:
+        if function.arch == "sm_90a":
+            code = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(\S.*?) ?;", function.code)
+            found.append(Kernel(*map(int, TEMPLATE.search(function.name).groups()), code))
     return found
 
 
 def test_every_kernel_is_there_and_nothing_of_it_on_other_gpus(
-    sass: dict[str, list[str]], kernels: list[Kernel]
+    functions: tuple[Function, ...], kernels: list[Kernel]
 ) -> None:
     wanted = {(*tiles, dtype, side) for tiles in TILES for dtype in (1, 2) for side in (0, 1)}
     assert sorted(kernel[:5] for kernel in kernels) == sorted(wanted)
-    for arch, functions in sass.items():
-        if arch == "sm_90a":
-            continue
-        for text in functions:
-            assert "BPT.TRAP" in text, arch
-            assert not re.search(r"HGMMA|UTMA|\bSTG|\bST\b", text), arch
+    for arch, _, code in functions:
+        if arch != "sm_90a":
+            assert "BPT.TRAP" in code, arch
+            assert not re.search(r"HGMMA|UTMA|\bSTG|\bST\b", code), arch
 
 
 def test_nothing_spills_and_shared_memory_is_the_launch_s(cuda_extension: ModuleType) -> None:
-    report = run(cuobjdump(), "--dump-resource-usage", Path(cuda_extension.__file__))
-    pattern = rf"Function \S*{NAME}\S*:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    found = re.findall(pattern, sections(report).get("sm_90a", ""))
+    found = [each for each in usages(cuda_extension.__file__, NAME) if each.arch == "sm_90a"]
     if not found:
         pytest.skip("built without sm_90a")
     assert len(found) == 8
-    for registers, stack, shared, local in found:
+    for usage in found:
         # all three warp groups start with the third of a multiprocessor's registers
-        assert int(registers) <= 168
-        assert int(shared) <= 1024  # the system's
-        assert stack == local == "0"
+        assert usage.registers <= 168, usage
+        assert usage.shared <= 1024, usage  # the system's
+        assert usage.stack == usage.local == 0, usage
 
 
 def test_products_are_issued_in_batches_with_one_under_way(kernels: list[Kernel]) -> None:

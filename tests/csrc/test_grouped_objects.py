@@ -6,7 +6,8 @@ import re
 from types import ModuleType
 
 import pytest
-from test_built_objects import cuobjdump, run
+
+from built_code import disassembled, usages
 
 # two dtypes, three widths of a tile, and of a product two layouts of the weight
 KERNELS = {"MultiplyGroups": 12, "SumGroups": 6}
@@ -23,21 +24,14 @@ INSTRUCTIONS = {
 
 
 def test_kernels_stay_within_registers_and_spill_nothing(cuda_extension: ModuleType) -> None:
-    report = run(cuobjdump(), "--dump-resource-usage", cuda_extension.__file__)
-    pattern = r"arch = (sm_\w+)|Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     counts: dict[str, dict[str, int]] = {}
-    arch = ""
-    for found in re.finditer(pattern, report):
-        arch = found[1] or arch
-        kernel = next((name for name in KERNELS if found[2] and name in found[2]), None)
-        if kernel is None:
-            continue
-        counts.setdefault(arch, dict.fromkeys(KERNELS, 0))[kernel] += 1
-        registers, stack, shared, local = map(int, found.groups()[2:])
-        print(f"{arch} {found[2]}: {registers} registers")
-        assert registers <= MAX_REGISTERS, (arch, found[2])
-        assert shared <= MAX_STATIC_BYTES, (arch, found[2])
-        assert stack == local == 0, (arch, found[2])
+    for kernel in KERNELS:
+        for usage in usages(cuda_extension.__file__, kernel):
+            counts.setdefault(usage.arch, dict.fromkeys(KERNELS, 0))[kernel] += 1
+            print(usage)
+            assert usage.registers <= MAX_REGISTERS, usage
+            assert usage.shared <= MAX_STATIC_BYTES, usage
+            assert usage.stack == usage.local == 0, usage
     archs = [a for a in cuda_extension.built_with["cuda_archs"].split() if a.startswith("sm_")]
     assert counts == dict.fromkeys(archs, KERNELS)
 
@@ -45,13 +39,12 @@ def test_kernels_stay_within_registers_and_spill_nothing(cuda_extension: ModuleT
 def test_kernels_copy_asynchronously_and_multiply_on_tensor_cores(
     cuda_extension: ModuleType,
 ) -> None:
-    code = run(cuobjdump(), "--dump-sass", cuda_extension.__file__)
-    functions = re.split(r"Function : ", code)[1:]
-    grouped = [each for each in functions if any(name in each[:200] for name in KERNELS)]
-    assert grouped
-    for text in grouped:
-        for what, instruction in INSTRUCTIONS.items():
-            assert re.search(instruction, text), (text.split("\n", 1)[0], what)
+    for kernel in KERNELS:
+        functions = disassembled(cuda_extension.__file__, kernel)
+        assert functions
+        for function in functions:
+            for what, instruction in INSTRUCTIONS.items():
+                assert re.search(instruction, function.code), (*function[:2], what)
 
 
 @pytest.mark.parametrize("num_columns", [1, 32, 33, 64, 65, 128, 129, 300])
