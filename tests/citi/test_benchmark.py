@@ -44,6 +44,7 @@ def small_suites(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "SCALED", {"T": (8, 16), "experts": (1, 2), "rank": (4, 8)})
     monkeypatch.setitem(routing.TOP_K_SIZES, "cpu", ((Shape(32, 32, 32), 4, 16),))
     monkeypatch.setitem(routing.DECODED_SIZE, "cpu", (32, 32))
+    monkeypatch.setattr(routing, "_BYTES_OF_LAYERS", 2**14)
     monkeypatch.setitem(importance._QUICK, "cpu", (("tiny", 2, 16, 0.5, False),))
     monkeypatch.setitem(importance_ops.SHAPES, "cpu", (SHAPE,))
     monkeypatch.setitem(training._TRAINED, "cpu", (("tiny", 2, 16),))
