@@ -21,6 +21,7 @@ from benchmarks.method.search_table import HEADER as SEARCH_HEADER
 from benchmarks.method.search_table import search_cells
 from benchmarks.method.summary import (
     API_BANK,
+    EVERY_GENERAL,
     GENERAL,
     RESPONSES,
     UNSEEN,
@@ -210,8 +211,7 @@ def _ours(rows: Mapping[str, RowSummary], name: str) -> list[str]:
 
 def _general_change(rows: Mapping[str, RowSummary], row: RowSummary) -> Estimate | None:
     """Of the answer NLL of all general sets, against vanilla; None where that is not measured."""
-    every = (*GENERAL["trained"], *GENERAL["untrained"])
-    return row.change(rows["vanilla"], every) if "vanilla" in rows else None
+    return row.change(rows["vanilla"], EVERY_GENERAL) if "vanilla" in rows else None
 
 
 def _tool_lines(rows: Mapping[str, RowSummary]) -> list[str]:
@@ -265,7 +265,7 @@ def _score_lines(rows: Mapping[str, RowSummary]) -> list[str]:
 
 
 def _nll_lines(rows: Mapping[str, RowSummary]) -> list[str]:
-    names = [name for group in GENERAL.values() for name in group]
+    names = list(EVERY_GENERAL)
 
     def cells(_: str, row: RowSummary) -> list[str]:
         return [_general_cell(row, rows.get("vanilla"), name) for name in names]

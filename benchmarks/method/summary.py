@@ -16,6 +16,7 @@ GENERAL = {
     group: tuple(e.name for e in EVALUATION if e.task == "general" and e.group == group)
     for group in ("trained", "untrained")
 }
+EVERY_GENERAL = (*GENERAL["trained"], *GENERAL["untrained"])
 
 
 class MixedResultsError(ValueError):

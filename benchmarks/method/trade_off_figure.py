@@ -8,10 +8,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.method.bootstrap import Estimate
 from benchmarks.method.row_config import ROWS, TRIALS, load_row
-from benchmarks.method.summary import API_BANK, GENERAL, RowSummary
+from benchmarks.method.summary import API_BANK, EVERY_GENERAL, RowSummary
 
 _OURS, _OTHERS, _BEFORE = "#1f6f5c", "#b5523b", "#8c8c8c"
-_EVERY = (*GENERAL["trained"], *GENERAL["untrained"])
 
 
 def trade_off(rows: Mapping[str, RowSummary]) -> Figure:
@@ -26,7 +25,7 @@ def trade_off(rows: Mapping[str, RowSummary]) -> Figure:
     axes.axvline(0, color="black", linewidth=0.8, alpha=0.5)
     for name in filter(rows.__contains__, ROWS + TRIALS):
         row = rows[name]
-        change = row.change(rows["vanilla"], _EVERY) * 100
+        change = row.change(rows["vanilla"], EVERY_GENERAL) * 100
         calls = row.calls(API_BANK) * 100
         axes.errorbar(
             change.value,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from benchmarks.method.bootstrap import Estimate
-from benchmarks.method.summary import API_BANK, GENERAL, RowSummary
+from benchmarks.method.summary import API_BANK, EVERY_GENERAL, GENERAL, RowSummary
 
 NOT_MEASURED = "not yet measured"
 
@@ -35,7 +35,7 @@ def verdicts(rows: Mapping[str, RowSummary]) -> list[Verdict]:
     """The targets on the rows of one scale."""
     found = [_calls(rows)]
     groups = {
-        "all general sets": (*GENERAL["trained"], *GENERAL["untrained"]),
+        "all general sets": EVERY_GENERAL,
         "abilities in the mix": GENERAL["trained"],
         "abilities never trained on": GENERAL["untrained"],
     }

@@ -31,6 +31,11 @@ class Function(NamedTuple):
     name: str  # mangled
     code: str
 
+    @property
+    def instructions(self) -> list[str]:
+        """In their order, without their addresses."""
+        return re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(\S.*?) ?;", self.code)
+
 
 def run(*command: str | Path) -> str:
     return subprocess.run(

@@ -44,8 +44,8 @@ def kernels(functions: tuple[Function, ...]) -> list[Kernel]:
     found = []
     for function in functions:
         if function.arch == "sm_90a":
-            code = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(\S.*?) ?;", function.code)
-            found.append(Kernel(*map(int, TEMPLATE.search(function.name).groups()), code))
+            numbers = map(int, TEMPLATE.search(function.name).groups())
+            found.append(Kernel(*numbers, function.instructions))
     return found
 
 
